@@ -7,6 +7,8 @@ once a Hub kernel (relative imports only; standard library, torch and triton) an
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 
@@ -56,3 +58,13 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+class _Front(ModuleType):
+    # importing a submodule binds it on its package; an op and its file share a name (`page_stats`), and the op must win
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Front
