@@ -110,11 +110,15 @@ class UniqueConfig:
         # numbers from YAML or JSON may be integers; equal settings must compare and serialise equally
         object.__setattr__(self, "temperature", _finite_float("temperature", self.temperature))
         if self.temperature <= 0:
-            raise ValueError(f"`temperature` must be > 0, got {self.temperature}; use e.g. 0.05 for a nearly hard mask.")
+            raise ValueError(
+                f"`temperature` must be > 0, got {self.temperature}; use e.g. 0.05 for a nearly hard mask."
+            )
         if self.score_weight is not None:
             object.__setattr__(self, "score_weight", _finite_float("score_weight", self.score_weight))
             if self.score_weight < 0:
-                raise ValueError(f"`score_weight` must be >= 0, got {self.score_weight}; None takes the form's default.")
+                raise ValueError(
+                    f"`score_weight` must be >= 0, got {self.score_weight}; None takes the form's default."
+                )
         self._check_pages()
 
     def _check_pages(self):
@@ -134,8 +138,8 @@ class UniqueConfig:
         if self.budget < least:
             raise ValueError(
                 f"`budget` is in tokens and must hold {self.sink_pages} sink, {self.recent_pages} recent and at least "
-                f"1 scored page of {page_size} tokens: expected >= {least}, got {self.budget}. Raise `budget`, or lower "
-                "`page_size`, `sink_pages` or `recent_pages`."
+                f"1 scored page of {page_size} tokens: expected >= {least}, got {self.budget}. Raise `budget`, or "
+                "lower `page_size`, `sink_pages` or `recent_pages`."
             )
         if self.budget % page_size:
             raise ValueError(

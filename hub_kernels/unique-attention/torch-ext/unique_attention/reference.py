@@ -1,0 +1,131 @@
+"""UNIQUE attention in eager torch: the specification that every kernel is tested against, and the path of the CPU.
+
+`B` batch, `H` query heads, `HK` kv heads, `G = H / HK`, `S` slots, `D` head dim, `P` page size, `N` pages, `K` pages
+kept, `s` softmax scale. Any float dtype; fp64 inputs are computed in fp64, all others accumulate in fp32.
+
+1. Statistics of page p over its valid keys k_t: mean_p = avg_t k_t, var_p = avg_t (k_t - mean_p)^2,
+   std_p = sqrt(sum_d var_p[d]). (`page_stats`, `moments`, `merge_moments`)
+2. Score of one query head: score(q, p) = q . mean_p + w * offset(q, p). (`page_scores`, forms in `head_scores`)
+3. Vote of the G query heads of a kv head: one score per page and kv head. (`group_vote`)
+4. Selection: sink and recent pages, then the highest scores up to K pages; ties to the lower page id. (`select_pages`)
+5. Decode: softmax attention over the tokens of the kept pages. (`sparse_decode`)
+6. Training: logits of page p get + log sigmoid((score_ip - theta_i) / temperature), theta_i the midpoint of the last
+   kept and the first dropped score of query i. (`soft_mask_attention`)
+
+Imports torch and settings only; no kernel imports it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference_attention import soft_mask_attention, sparse_decode
+from .reference_pages import append_tokens, page_stats
+from .reference_scores import group_vote, head_scores, page_scores, select_pages
+from .reference_stats import (
+    Moments,
+    PageStats,
+    dequantize,
+    empty_stats,
+    merge_moments,
+    merge_pages,
+    moments,
+    quantize,
+)
+from .settings import UniqueConfig
+
+__all__ = [
+    "Moments",
+    "PageStats",
+    "append_tokens",
+    "dequantize",
+    "empty_stats",
+    "group_vote",
+    "head_scores",
+    "merge_moments",
+    "merge_pages",
+    "moments",
+    "page_scores",
+    "page_stats",
+    "quantize",
+    "select_pages",
+    "soft_mask_attention",
+    "sparse_decode",
+    "unique_decode",
+]
+
+
+def unique_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stats: PageStats,
+    *,
+    config: UniqueConfig,
+    softmax_scale: float | None = None,
+    seq_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    page_table: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_page_ids: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Score, vote, select and attend for the newest query: one decode step of UNIQUE attention.
+
+    Equation: Eq. 2 to 5 in turn.
+
+    Args:
+        q (`torch.Tensor`): `[B, H, 1, D]`, after RoPE, not yet scaled.
+        k (`torch.Tensor`): `[B, HK, S, D]`, or `[num_pages, HK, P, D]` with a page table.
+        v (`torch.Tensor`): `[B, HK, S, DV]`, or paged like `k`.
+        stats (`PageStats`): Statistics of `k`, stored as `config` says.
+        config (`UniqueConfig`): Settings.
+        softmax_scale (`float`, *optional*): s, `1 / sqrt(D)` by default.
+        seq_lens (`torch.Tensor`, *optional*): `[B]` slots in use.
+        seq_starts (`torch.Tensor`, *optional*): `[B]` first valid slot.
+        token_mask (`torch.Tensor`, *optional*): `[B, S]` bool, tokens that count.
+        page_table (`torch.Tensor`, *optional*): `[B, N]` logical to physical pages.
+        softcap (`float`, *optional*): Bound of the logits.
+        sinks (`torch.Tensor`, *optional*): `[H]` extra logit per head.
+        return_page_ids (`bool`, *optional*, defaults to `False`): Return the kept pages too.
+    Returns:
+        `torch.Tensor` `[B, H, 1, DV]` in the dtype of `q`, or a tuple of it and `[B, HK, K]` int32 page ids.
+    """
+    num_pages = stats.spread.shape[-1] if page_table is None else page_table.shape[1]
+    rows = {"page_size": config.page_size, "seq_lens": seq_lens, "seq_starts": seq_starts}
+    if num_pages <= config.num_kept:
+        # every page of the row is kept whatever its score
+        scores = torch.zeros(q.shape[0], k.shape[1], num_pages, device=q.device)
+    else:
+        scores = page_scores(
+            q,
+            stats,
+            score=config.score,
+            score_weight=config.score_weight,
+            group_reduce=config.group_reduce,
+            stats_dtype=config.stats_dtype,
+            softmax_scale=softmax_scale,
+            page_table=page_table,
+            k=k,
+            token_mask=token_mask,
+            **rows,
+        )
+    page_ids = select_pages(
+        scores, num_kept=config.num_kept, sink_pages=config.sink_pages, recent_pages=config.recent_pages, **rows
+    )
+    # ids come first in ascending order, so columns past the number of pages are padding
+    out = sparse_decode(
+        q,
+        k,
+        v,
+        page_ids[..., :num_pages],
+        softmax_scale=softmax_scale,
+        token_mask=token_mask,
+        page_table=page_table,
+        softcap=softcap,
+        sinks=sinks,
+        **rows,
+    )
+    return (out, page_ids) if return_page_ids else out
