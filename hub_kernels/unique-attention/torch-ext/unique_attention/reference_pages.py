@@ -81,14 +81,14 @@ def page_stats(
 ) -> PageStats:
     """Statistics of the pages of a key cache, from scratch or for the pages that the last tokens touched.
 
-    Equation: over valid tokens, mean_p = avg_t k_t, var_p = avg_t (k_t - mean_p)^2, std_p = sqrt(sum_d var_p[d]) (Eq. 1).
+    Equation: over valid t, mean_p = avg_t k_t, var_p = avg_t (k_t - mean_p)^2, std_p = sqrt(sum_d var_p[d]) (Eq. 1).
 
     Args:
         k (`torch.Tensor`): `[B, HK, S, D]`, or `[num_pages, HK, P, D]` with a page table; any float dtype, after RoPE.
         page_size (`int`): Tokens per page P.
-        score (`str`, *optional*, defaults to `"scalar"`): Which vectors are kept: mean (`"mean"`, `"scalar"`); mean and
-            std per dim (`"diagonal"`, `"absolute"`, `"moment"`); max and min (`"minmax"`); mean, first principal direction
-            times its std, residual std (`"principal"`); none (`"oracle"`).
+        score (`str`, *optional*, defaults to `"scalar"`): Which vectors are kept: mean (`"mean"`, `"scalar"`); mean
+            and std per dim (`"diagonal"`, `"absolute"`, `"moment"`); max and min (`"minmax"`); mean, first principal
+            direction times its std, residual std (`"principal"`); none (`"oracle"`).
         stats_dtype (`str`, *optional*, defaults to `"fp8"`): Storage, see `quantize`.
         seq_lens (`torch.Tensor`, *optional*): `[B]` slots in use; all slots by default.
         seq_starts (`torch.Tensor`, *optional*): `[B]` first valid slot (left padding).
@@ -131,7 +131,7 @@ def page_stats(
         out = empty_stats(tuple(k.shape[:2]), k.shape[-1], score, stats_dtype, k)
     row, column = touched.nonzero(as_tuple=True)
     for target, source in zip(out, fresh):
-        if target is None:
+        if target is None or source is None:  # storage without scales
             continue
         if page_table is None:
             target[row, :, pages[row, column]] = source[row, :, column]

@@ -6,21 +6,28 @@ import torch
 from torch import Tensor
 
 from .reference_pages import gather_slots, num_slots, page_bounds, row_bounds, valid_slots
-from .reference_stats import PageStats, accumulation_dtype, codes_to_float, dequantize, safe_sqrt, stats_dtype_of
+from .reference_stats import PageStats, accumulation_dtype, codes_to_float, expand_scales, safe_sqrt, stats_dtype_of
 from .settings import GROUP_REDUCES, resolve_score_weight
+
+PAGES_AT_ONCE = 1024  # pages decoded from their codes at a time: the floats stay in the cache of a CPU
 
 
 def _project(x: Tensor, stats: PageStats, vector: int, square: bool = False) -> Tensor:
     """`x . vector_p` (or `x . vector_p^2`) for every page, `[B, HK, M, D] -> [B, HK, M, N]`."""
-    stats = PageStats(
-        stats.codes[..., vector, :], None if stats.scales is None else stats.scales[..., vector, :], stats.spread
-    )
-    if stats.scales is None or stats.scales.shape[-1] > 1:
-        y = dequantize(stats, x.shape[-1], x.dtype)
-        return x @ (y.square() if square else y).mT
-    # one scale per vector comes out of the dot product, so the vectors themselves are never scaled
-    y, scale = codes_to_float(stats.codes, x.shape[-1], x.dtype), stats.scales.to(x.dtype).mT
-    return (x @ y.square().mT) * scale.square() if square else (x @ y.mT) * scale
+    codes = stats.codes[..., vector, :].split(PAGES_AT_ONCE, -2)
+    if stats.scales is None:
+        scales = [None] * len(codes)
+    else:
+        scales = stats.scales[..., vector, :].to(x.dtype).split(PAGES_AT_ONCE, -2)
+    products = []
+    for code, scale in zip(codes, scales):
+        y = codes_to_float(code, x.shape[-1], x.dtype)
+        if scale is not None and scale.shape[-1] > 1:
+            y, scale = y * expand_scales(scale, x.shape[-1]), None
+        product = x @ (y.square() if square else y).mT
+        # one scale per vector comes out of the dot product
+        products.append(product if scale is None else product * (scale.square() if square else scale).mT)
+    return torch.cat(products, -1)
 
 
 def head_scores(q: Tensor, stats: PageStats, score: str, weight: float, softmax_scale: float) -> Tensor:
@@ -150,12 +157,14 @@ def page_scores(
     """
     if stats_dtype_of(stats) != stats_dtype:
         raise ValueError(
-            f"Expected statistics stored as {stats_dtype!r}, got {stats_dtype_of(stats)!r} ({stats.codes.dtype}); pass "
-            "the `stats_dtype` that `page_stats` was called with."
+            f"Expected statistics stored as {stats_dtype!r}, got {stats_dtype_of(stats)!r} ({stats.codes.dtype}); "
+            "pass the `stats_dtype` that `page_stats` was called with."
         )
     if page_table is not None:
         table = page_table.clamp(min=0).long()
-        stats = PageStats(*(None if field is None else field[table].transpose(1, 2) for field in stats))
+        codes, scales, spread = stats
+        scales = None if scales is None else scales[table].transpose(1, 2)
+        stats = PageStats(codes[table].transpose(1, 2), scales, spread[table].transpose(1, 2))
     batch, kv_heads, num_pages = stats.spread.shape
     acc = accumulation_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

@@ -74,7 +74,9 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         `Moments`: over P; all zero where nothing counts.
     """
     x = x.to(accumulation_dtype(x.dtype))
-    mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask.expand(x.shape[:-1])
+    if mask is None:
+        mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    mask = mask.expand(x.shape[:-1])
     count = mask.sum(-1).to(x.dtype)
     mean = x.masked_fill(~mask[..., None], 0).sum(-2) / count.clamp(min=1)[..., None]
     deviation = (x - mean[..., None, :]).masked_fill(~mask[..., None], 0)
@@ -180,8 +182,8 @@ def quantize(vectors: Tensor, spread: Tensor, stats_dtype: str) -> PageStats:
     """Store statistics as codes and scales.
 
     Equation: scale = round_up_to_bf16(absmax / qmax), code = round_half_even(x / scale); a zero scale gives zero
-    codes. qmax is 448 (fp8), 127 (int8), 7 (int4); int4 has one scale per 32 dims and packs dim c low and dim c + C high
-    in byte c, each as code + 8. fp32 keeps the numbers as they are (fp64 for fp64 keys).
+    codes. qmax is 448 (fp8), 127 (int8), 7 (int4); int4 has one scale per 32 dims and packs dim c low and dim c + C
+    high in byte c, each as code + 8. fp32 keeps the numbers as they are (fp64 for fp64 keys).
 
     Args:
         vectors (`torch.Tensor`): `[..., V, D]`.
@@ -214,11 +216,16 @@ def codes_to_float(codes: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     if codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu":
         # exact, and several times faster than the conversion of torch on the CPU: the bits of an e4m3 number, moved
         # into the fields of a half, are the number times 2^-8
-        bits = (codes.view(torch.int8).to(torch.int16) << 7) & ~0x4000
+        bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
         return bits.view(torch.float16).to(dtype).mul_(256)
     if codes.dtype == torch.uint8:
         return torch.cat([codes & 15, codes >> 4], -1)[..., :dim].to(dtype).sub_(8)
     return codes.to(dtype)
+
+
+def expand_scales(scales: Tensor, dim: int) -> Tensor:
+    """Scales `[..., NG]` as factors of `[..., dim]` codes: one for all dims, or one per `INT4_GROUP` dims."""
+    return scales if scales.shape[-1] == 1 else scales.repeat_interleave(INT4_GROUP, -1)[..., :dim]
 
 
 def dequantize(stats: PageStats, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -234,8 +241,7 @@ def dequantize(stats: PageStats, head_dim: int, dtype: torch.dtype = torch.float
     x = codes_to_float(stats.codes, head_dim, dtype)
     if stats.scales is None:
         return x
-    scales = stats.scales.to(dtype)
-    return x * (scales if scales.shape[-1] == 1 else scales.repeat_interleave(INT4_GROUP, -1)[..., :head_dim])
+    return x * expand_scales(stats.scales.to(dtype), head_dim)
 
 
 def stats_dtype_of(stats: PageStats) -> str:
