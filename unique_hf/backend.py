@@ -1,4 +1,4 @@
-"""Which kernel module runs: the bundled one (default), one from the Hub, or a staged folder. The only reader of env vars.
+"""Which kernel module runs: the bundled one, one from the Hub, or a staged folder. The only reader of env variables.
 
 May import the standard library and, lazily, the kernel package and `kernels`.
 """
@@ -11,12 +11,11 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-
 KERNEL_VARIABLE = "UNIQUE_HF_KERNEL"
 KERNEL_VERSION = 1
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_kernel(source: str = "") -> ModuleType:
     """Load the kernel module from one of its three homes.
 
@@ -44,8 +43,8 @@ def load_kernel(source: str = "") -> ModuleType:
     name, _, revision = source.partition("@")
     if name.count("/") != 1 or not all(name.split("/")) or source.endswith("@"):
         raise ValueError(
-            f"expected 'bundled', a path starting with '/', '.' or '~', or '<org>/<name>[@<revision>]', got {source!r}: "
-            f"change the environment variable {KERNEL_VARIABLE}"
+            f"expected 'bundled', a path starting with '/', '.' or '~', or '<org>/<name>[@<revision>]', got "
+            f"{source!r}: change the environment variable {KERNEL_VARIABLE}"
         )
     where = {"revision": revision} if revision else {"version": KERNEL_VERSION}
     return _kernels_package().get_kernel(name, trust_remote_code=[name], **where)
@@ -60,7 +59,7 @@ def kernel_module() -> ModuleType:
     return load_kernel(_requested_source())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _requested_source() -> str:
     return os.environ.get(KERNEL_VARIABLE, "").strip()
 

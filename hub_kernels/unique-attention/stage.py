@@ -1,4 +1,4 @@
-"""Stage the kernel for the Hub: `build/torch-<backend>/` with metadata, ready for `get_local_kernel` and `upload_folder`.
+"""Stage the kernel for the Hub: `build/torch-<backend>/` with metadata, for `get_local_kernel` and `upload_folder`.
 
 Usage: python hub_kernels/unique-attention/stage.py --out dist/kernel
 """
@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,6 +1,6 @@
 """A Hugging Face Hub on a loopback port, for tests of publishing and loading: standard library only.
 
-It speaks what huggingface_hub 1.x and 2.x ask for when a repository is created, branched, filled (regular files and git-lfs),
+It speaks what huggingface_hub asks for when a repository is created, branched, filled (regular files and git-lfs),
 listed and downloaded. Point a process at it with `LoopbackHub.environment`, before huggingface_hub is imported.
 """
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
-
 
 TOKEN = "hf_loopback_token"
 LFS_FROM_BYTES = 64 * 1024
@@ -51,7 +50,9 @@ class Repo:
 
     def commit(self, branch: str, tree: dict[str, File]) -> str:
         parent = self.branches.get(branch, "")
-        text = parent + "".join(f"{path}\0{file.oid}\n" for path, file in sorted(tree.items())) + str(len(self.commits))
+        text = (
+            parent + "".join(f"{path}\0{file.oid}\n" for path, file in sorted(tree.items())) + str(len(self.commits))
+        )
         sha = hashlib.sha1(text.encode()).hexdigest()
         self.commits[sha] = tree
         self.branches[branch] = sha
@@ -190,7 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _whoami(self):
         if not self.may_write:
             return self._error(401, "Invalid credentials in Authorization header")
-        self._json({"type": "user", "name": "tester", "fullname": "Tester", "orgs": [], "auth": {"type": "access_token"}})
+        self._json(
+            {"type": "user", "name": "tester", "fullname": "Tester", "orgs": [], "auth": {"type": "access_token"}}
+        )
 
     def _create(self, payload: dict):
         kind = payload.get("type", "model") + "s"

@@ -1,7 +1,7 @@
-"""UNIQUE attention: page statistics, page scores, top-k selection and sparse decode, as Triton kernels with a torch reference.
+"""UNIQUE attention: page statistics and scores, top-k selection, sparse decode, as Triton kernels and in plain torch.
 
-Every public name is loaded on first use, so importing this package costs no Triton, no Transformers and no torch. It is at
-once a Hub kernel (relative imports only; standard library, torch and triton) and part of the `unique_hf` wheel.
+Every public name is loaded on first use, so importing this package costs no Triton, no Transformers, no torch. It is
+at once a Hub kernel (relative imports only; standard library, torch and triton) and part of the `unique_hf` wheel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
-
 
 if TYPE_CHECKING:
     from .hf.attention import flash_attn_forward as flash_attn_forward
@@ -61,7 +60,7 @@ def __dir__() -> list[str]:
 
 
 class _Front(ModuleType):
-    # importing a submodule binds it on its package; an op and its file share a name (`page_stats`), and the op must win
+    # importing a submodule binds it on its package; an op may share its file's name (`page_stats`): the op must win
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
