@@ -91,7 +91,8 @@ class LoopbackHub:
             "HF_TOKEN": token,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
+            # "1" makes kernels 0.17 send a user agent that httpx refuses
+            "HF_HUB_DISABLE_TELEMETRY": "0",
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
