@@ -59,6 +59,15 @@ def kernel_module() -> ModuleType:
     return load_kernel(_requested_source())
 
 
+def adapter() -> ModuleType:
+    """The part of the kernel module that speaks to Transformers; importing it registers `attn_implementation="unique"`.
+
+    Returns:
+        `ModuleType`: Attention, mask and cache layers, with the counters of what ran.
+    """
+    return importlib.import_module(f"{kernel_module().__name__}.hf")
+
+
 @functools.cache
 def _requested_source() -> str:
     return os.environ.get(KERNEL_VARIABLE, "").strip()

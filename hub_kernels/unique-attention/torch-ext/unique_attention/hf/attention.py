@@ -1,0 +1,286 @@
+"""The attention function of attn_implementation="unique". May import Transformers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..settings import UniqueConfig
+from . import activity, modes
+from .cache import UniqueDynamicLayer, UniqueStaticLayer, layer_of
+from .dense import dense_attention
+from .masks import MaskFacts, facts_of, is_lower_right, is_plain
+from .modes import DENSE, PREFILL, SOFT, SPARSE, Mode, decide
+from .settings import settings_of
+
+# what Transformers looks for in a Hub kernel, beside `flash_attn_forward`
+supports_flash_attn = True
+
+
+def unique_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for one module of a Transformers model: sparse decode, exact prefill, soft mask, or exact dense.
+
+    Equation: see `decide` for the choice; Eq. 2 to 5 for decode, Eq. 6 for training.
+
+    Args:
+        module (`torch.nn.Module`): The attention module; `module.config` holds the settings.
+        query (`torch.Tensor`): `[B, H, T, D]`, after RoPE.
+        key (`torch.Tensor`): `[B, HK, S, D]`.
+        value (`torch.Tensor`): `[B, HK, S, DV]`.
+        attention_mask (`torch.Tensor`, *optional*): 4-D mask.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout on the attention weights.
+        scaling (`float`, *optional*): Softmax scale, `1 / sqrt(D)` by default.
+        is_causal (`bool`, *optional*): Overrides `module.is_causal`.
+        softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
+        s_aux (`torch.Tensor`, *optional*): `[H]`, sink logits.
+        **kwargs: Keywords of Transformers (`sliding_window`, `position_ids`, `cu_seq_lens_q`, ...).
+    Returns:
+        `tuple`: Output `[B, T, H, DV]` and `None` (there are no attention weights).
+    Raises:
+        ValueError: `output_attentions` was asked for, or settings and cache do not fit.
+        NotImplementedError: Sequence parallelism wraps the attention function.
+    """
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    layer = layer_of(key, value)
+    call = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    mode = decide(module, query, key, layer, attention_mask, {**kwargs, "is_causal": is_causal, "dropout": dropout})
+    if mode.kind != DENSE and kwargs.get("output_attentions"):
+        raise ValueError(
+            "attn_implementation='unique' has no attention weights to return: load the model with attn_implementation='eager' "
+            "for `output_attentions`"
+        )
+    facts = facts_of(attention_mask, query.shape[0]) if mode.kind != DENSE else None
+    if mode.kind == SOFT:
+        mode, packing = _check_soft(mode, query, attention_mask, facts, kwargs)
+        if mode.kind == SOFT:
+            _count(module, mode, query, key, value)
+            token_mask = None if facts is None or packing is not None else facts.token_mask
+            return _soft(module, query, key, value, token_mask, packing, call), None
+    if mode.kind == SPARSE:
+        return _decode(module, mode, query, key, value, facts, layer, call), None
+    if mode.kind == PREFILL:
+        _learn_pages(module, query, key, facts, layer)
+    _count(module, mode, query, key, value)
+    causal = modes.is_causal(module, {"is_causal": is_causal})
+    return dense_attention(module, query, key, value, attention_mask, causal=causal, **call, **kwargs), None
+
+
+# how `check` knows it, whatever the name it is registered under
+unique_attention_forward.is_unique_attention = True
+# the name under which Transformers finds the attention function of a Hub kernel
+flash_attn_forward = unique_attention_forward
+
+
+@functools.cache
+def _warn_once(name: str, reason: str) -> None:
+    from transformers.utils import logging
+
+    logging.get_logger("transformers.unique_attention").warning(
+        f"unique attention: {name} runs dense: {reason}. `unique_hf.report(model)` counts it."
+    )
+
+
+def _count(module, mode: Mode, query, key, value) -> None:
+    if torch.compiler.is_compiling():
+        return
+    counts = activity.note(module, mode, query)
+    if counts is None:
+        return
+    if query.shape[2] == 1:
+        activity.count_dense(counts, key, value)
+    if mode.fallback:
+        _warn_once(type(module).__name__, mode.reason)
+
+
+def _refresh(key, num_new: int, facts: MaskFacts | None, layer) -> tuple[ops.PageStats, dict[str, Any]]:
+    """Bring the layer's statistics up to date; also the lengths and masks that the decode op needs with them."""
+    token_mask = None if facts is None else facts.token_mask
+    seq_starts = None if facts is None else facts.seq_starts
+    where = {"seq_lens": None, "seq_starts": seq_starts, "token_mask": token_mask}
+    index = layer.index
+    if isinstance_static(layer):
+        where["seq_lens"] = layer.cumulative_length.expand(key.shape[0])
+        stats = index.refresh_static(key, num_new, layer.host_length, **where)
+    elif layer.fixed_lens is not None:
+        where["seq_lens"] = layer.fixed_lens
+        if facts is None:
+            where["seq_starts"] = index.seq_starts
+        stats = index.first(-(-key.shape[2] // index.settings.page_size))
+    else:
+        stats = index.refresh(key, token_mask, seq_starts)
+    return stats, where
+
+
+def isinstance_static(layer: UniqueDynamicLayer | UniqueStaticLayer) -> bool:
+    """Whether a layer has a fixed capacity; by attribute, since the layer may come from another copy of this package."""
+    return hasattr(layer, "max_cache_len")
+
+
+def _settings(module, layer) -> UniqueConfig:
+    if torch.compiler.is_compiling() and layer.index.settings is not None:
+        return layer.index.settings
+    settings = settings_of(module.config)
+    layer.index.wake(settings)
+    return settings
+
+
+def _learn_pages(module, query, key, facts: MaskFacts | None, layer) -> None:
+    _settings(module, layer)
+    with torch.no_grad():
+        _refresh(key.detach(), query.shape[2], facts, layer)
+    layer.index.seq_starts = None if facts is None else facts.seq_starts
+    if not torch.compiler.is_compiling():
+        layer.index.starts_host = None if facts is None else facts.starts_host
+
+
+class _NoBackward(torch.autograd.Function):
+    """Identity whose gradient is an error: a wrong gradient would go unnoticed."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "sparse decode has no gradient: run decode steps under torch.no_grad(), or train on whole sequences (T > 1), "
+            "where the soft mask is used"
+        )
+
+
+def _decode(module, mode: Mode, query, key, value, facts, layer, call) -> torch.Tensor:
+    settings = _settings(module, layer)
+    counting = not torch.compiler.is_compiling() and getattr(layer, "fixed_lens", None) is None
+    counts = activity.note(module, mode, query) if counting else None
+    measure = counts is not None and settings.measure_recall
+    with torch.no_grad():
+        stats, where = _refresh(key.detach(), 1, facts, layer)
+        found = ops.unique_decode(
+            query.detach(),
+            key.detach(),
+            value.detach(),
+            stats,
+            config=settings,
+            softmax_scale=call["scaling"],
+            softcap=call["softcap"],
+            sinks=call["s_aux"],
+            return_page_ids=measure,
+            **where,
+        )
+    out, page_ids = found if measure else (found, None)
+    if counts is not None:
+        _count_pages(counts, settings, query, key, value, stats, page_ids, facts, layer, call)
+    if torch.is_grad_enabled() and query.requires_grad:
+        out = _NoBackward.apply(out, query)
+    return out.transpose(1, 2).contiguous()
+
+
+def _count_pages(counts, settings, query, key, value, stats, page_ids, facts, layer, call) -> None:
+    length = layer.host_length if isinstance_static(layer) else key.shape[2]
+    page_bytes = sum(t[0, :, 0].numel() * t.element_size() for t in stats if t is not None)
+    sparse = activity.count_sparse(counts, settings, key, value, page_bytes, length, layer.index.starts_host)
+    if page_ids is None or not sparse:
+        return
+    mass = activity.kept_mass(
+        query.detach(),
+        key.detach()[:, :, :length],
+        page_ids,
+        page_size=settings.page_size,
+        scaling=call["scaling"],
+        token_mask=None if facts is None else facts.token_mask,
+        softcap=call["softcap"],
+        sinks=call["s_aux"],
+    )
+    total = mass[sparse].sum()
+    counts.recall_sum = total if counts.recall_sum is None else counts.recall_sum + total
+    counts.recall_rows += len(sparse)
+
+
+def _check_soft(mode: Mode, query, mask, facts, kwargs) -> tuple[Mode, torch.Tensor | None]:
+    """The soft mask knows causality, padding and packed documents; anything else in the mask means dense."""
+    _refuse_sequence_parallelism()
+    packing = _packing(query, mask, kwargs)
+    if packing is None and (is_lower_right(mask) or (facts is not None and not is_plain(mask, facts))):
+        return Mode(DENSE, "a mask that is not causal and padding", fallback=True), None
+    return mode, packing
+
+
+def _packing(query, mask, kwargs) -> torch.Tensor | None:
+    """Document boundaries over the flattened batch, `[documents + 1]` int32, where the batch is packed."""
+    batch, length = query.shape[0], query.shape[2]
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None:
+        return bounds.to(device=query.device, dtype=torch.int32)
+    position_ids = kwargs.get("position_ids")
+    facts = getattr(mask, "_unique_facts", None)
+    if mask is None or position_ids is None or position_ids.dim() != 2 or (facts is not None and facts.plain):
+        # without a mask nothing was packed: Transformers looks for packing wherever no mask is given
+        return None
+    known = getattr(mask, "_unique_packing", None)
+    if known is None:
+        rows = position_ids.expand(batch, -1)
+        begins = torch.ones_like(rows, dtype=torch.bool)
+        begins[:, 1:] = rows[:, 1:] != rows[:, :-1] + 1
+        known = begins.flatten().nonzero().flatten()
+        known = torch.cat([known, known.new_tensor([batch * length])]).to(torch.int32)
+        mask._unique_packing = known
+    # one document per row is no packing
+    return known if known.numel() > batch + 1 else None
+
+
+def _soft(module, query, key, value, token_mask, packing, call) -> torch.Tensor:
+    settings = settings_of(module.config)
+    batch, length = query.shape[0], query.shape[2]
+    flat = packing is not None and batch > 1
+    if flat:
+        # the op packs one row: documents of all rows one after the other
+        query, key, value = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (query, key, value))
+    out = ops.soft_mask_attention(
+        query,
+        key,
+        value,
+        page_size=settings.page_size,
+        num_kept=settings.num_kept,
+        sink_pages=settings.sink_pages,
+        recent_pages=settings.recent_pages,
+        temperature=settings.temperature,
+        score=settings.score,
+        score_weight=settings.score_weight,
+        group_reduce=settings.group_reduce,
+        softmax_scale=call["scaling"],
+        token_mask=token_mask,
+        cu_seq_lens=packing,
+        softcap=call["softcap"],
+        sinks=call["s_aux"],
+        threshold_grad=settings.threshold_grad,
+    )
+    if flat:
+        out = out[0].unflatten(1, (batch, length)).transpose(0, 1)
+    return out.transpose(1, 2).contiguous()
+
+
+def _refuse_sequence_parallelism() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for registered in (ALL_ATTENTION_FUNCTIONS.get("unique"), ALL_ATTENTION_FUNCTIONS.get("sdpa")):
+        if (getattr(registered, "__module__", None) or "").split(".")[0] == "deepspeed":
+            raise NotImplementedError(
+                "expected whole sequences, got DeepSpeed's sequence parallelism around the attention function: page scores need "
+                "all tokens of a row. Set sp_size=1, or train with attn_implementation='sdpa'"
+            )

@@ -1,0 +1,335 @@
+"""Cache layers that keep page statistics beside the keys, and the explicit `UniqueCache`. May import Transformers.
+
+The layers replace the stock full-attention ones of `DynamicCache(config=...)` and `StaticCache(config=...)`. They are dormant,
+that is exactly their parents, until the unique attention function wakes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.configuration_utils import PreTrainedConfig
+
+from .. import ops
+from ..settings import UniqueConfig
+from .pages import PageIndex, spare_capacity, writable
+from .settings import settings_of
+
+
+def tag(tensor: torch.Tensor, layer: UniqueDynamicLayer | UniqueStaticLayer) -> torch.Tensor:
+    """A fresh view of a cached tensor that names its layer (tagging the stored tensor itself would make a cycle)."""
+    view = tensor.view_as(tensor)
+    view._unique_layer = layer
+    return view
+
+
+def layer_of(key: torch.Tensor, value: torch.Tensor) -> UniqueDynamicLayer | UniqueStaticLayer | None:
+    """The cache layer that handed out both tensors, or `None` where a model changed one of them after the update."""
+    layer = getattr(key, "_unique_layer", None)
+    return layer if layer is not None and getattr(value, "_unique_layer", None) is layer else None
+
+
+class UniqueDynamicLayer(DynamicLayer):
+    """A growing cache layer with page statistics.
+
+    Awake, keys and values live in buffers of whole pages with spare room (at most 1/32 of the length, or 256 tokens), and
+    `keys` / `values` are views of the slots in use. Under grad the parent's concatenation is used.
+
+    Args:
+        settings (`UniqueConfig`, *optional*): Wake the layer at once; by default it sleeps until unique attention reads it.
+    """
+
+    def __init__(self, settings: UniqueConfig | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.index = PageIndex()
+        self.fixed_lens: torch.Tensor | None = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+        if settings is not None:
+            self.index.wake(settings)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new tokens and return all cached ones, as tagged views.
+
+        Args:
+            key_states (`torch.Tensor`): `[B, HK, T, D]`.
+            value_states (`torch.Tensor`): `[B, HK, T, DV]`.
+        Returns:
+            `tuple`: Keys `[B, HK, S, D]` and values `[B, HK, S, DV]`; in fixed mode S is the capacity.
+        Raises:
+            ValueError: The new tokens do not fit the cached ones in batch, heads, head dim or dtype.
+        """
+        if self.fixed_lens is not None:
+            return self._update_fixed(key_states, value_states)
+        if self.index.settings is None:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+        else:
+            self._check(key_states, value_states)
+            if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+                # in-place writes would break the graph of earlier steps
+                super().update(key_states, value_states, *args, **kwargs)
+                self._drop_buffers()
+            else:
+                self._append(key_states, value_states)
+            keys, values = self.keys, self.values
+        return tag(keys, self), tag(values, self)
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.get_seq_length() == 0:
+            return
+        for name, new, old in (("keys", key_states, self.keys), ("values", value_states, self.values)):
+            shape, expected = list(new.shape), [*old.shape[:2], new.shape[2], old.shape[3]]
+            if shape != expected or new.dtype != old.dtype:
+                raise ValueError(
+                    f"expected new {name} of shape {expected} and {old.dtype} to follow the cached ones, got {shape} and "
+                    f"{new.dtype}: this cache belongs to another model or batch; start a new one (past_key_values=None)"
+                )
+
+    def _owns_buffers(self) -> bool:
+        # whoever assigns `keys` directly (parent methods, models, users) thereby ends the use of the buffer
+        views = self._views
+        return views is not None and views[0] is self.keys and views[1] is self.values and writable(self._buffers[0])
+
+    def _drop_buffers(self) -> None:
+        self._buffers = self._views = None
+
+    def _show(self, length: int) -> None:
+        keys, values = self._buffers
+        self.keys, self.values = self._views = (keys[:, :, :length], values[:, :, :length])
+
+    def _reserve(self, key_states: torch.Tensor, value_states: torch.Tensor, capacity: int) -> None:
+        """Move the cached tokens to buffers of `capacity` slots (shapes, dtype and device from the new tokens)."""
+        length = self.get_seq_length()
+        buffers = []
+        for new, old in ((key_states, self.keys), (value_states, self.values)):
+            buffer = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
+            if length:
+                buffer[:, :, :length].copy_(old)
+            buffers.append(buffer)
+        self._buffers = (buffers[0], buffers[1])
+        self._show(length)
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        end = length + key_states.shape[2]
+        if not self._owns_buffers() or self._buffers[0].shape[2] < end:
+            self._reserve(key_states, value_states, spare_capacity(end, self.index.settings.page_size))
+        self._buffers[0][:, :, length:end].copy_(key_states)
+        self._buffers[1][:, :, length:end].copy_(value_states)
+        self._show(end)
+
+    # --- the captured step: lengths live on the device and belong to the runner ---
+
+    def enter_fixed(self, seq_lens: torch.Tensor, capacity: int) -> None:
+        """Freeze shapes and addresses for a captured decode step.
+
+        From here `update` writes to slots `seq_lens - T .. seq_lens - 1`, returns the whole buffers, and no length is read on
+        the host. The statistics must be current, that is a decode or prefill call must have run on this layer.
+
+        Args:
+            seq_lens (`torch.Tensor`): `[B]`, device; slots in use, the tokens of the coming step included. Owned and advanced
+                by the caller, shared by all layers.
+            capacity (`int`): Slots to provide.
+        Raises:
+            ValueError: The layer is asleep, empty, or longer than `capacity`.
+        """
+        index, length = self.index, self.get_seq_length()
+        if index.settings is None or index.stats is None or not 0 < length <= capacity:
+            raise ValueError(
+                f"expected a layer that unique attention has read, with 1 to {capacity} tokens; got {length} tokens, "
+                f"{'awake' if index.settings else 'asleep'}: run the prefill first, or raise `capacity`"
+            )
+        page_size = index.settings.page_size
+        capacity = math.ceil(capacity / page_size) * page_size
+        if index.covered < length:
+            index.refresh(self.keys, None, index.seq_starts)
+        if not self._owns_buffers() or self._buffers[0].shape[2] < capacity:
+            self._reserve(self.keys, self.values, capacity)
+        index.reserve(self._buffers[0].shape[2] // page_size)
+        self.fixed_lens = seq_lens
+
+    def leave_fixed(self, length: int) -> None:
+        """Return to the growing form.
+
+        Args:
+            length (`int`): Tokens in the cache now, as counted by the runner.
+        """
+        self.fixed_lens = None
+        self._show(length)
+        self.index.covered = length
+
+    def _update_fixed(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._buffers
+        index, settings = self.index, self.index.settings
+        ops.append_tokens(
+            keys,
+            values,
+            index.first(keys.shape[2] // settings.page_size),
+            key_states,
+            value_states,
+            self.fixed_lens,
+            page_size=settings.page_size,
+            score=settings.score,
+            stats_dtype=settings.stats_dtype,
+            seq_starts=index.seq_starts,
+        )
+        return tag(keys, self), tag(values, self)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the mask must cover; in fixed mode the capacity."""
+        if self.fixed_lens is not None:
+            return self._buffers[0].shape[2], 0
+        return super().get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> int:
+        """Cached tokens; in fixed mode a 0-dim device tensor: the tokens before the coming step of one token."""
+        if self.fixed_lens is not None:
+            return self.fixed_lens.max() - 1
+        return super().get_seq_length()
+
+    # --- what generate does to a cache: the parent's result, statistics and buffers carried along ---
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens at the end; the sign rule is the parent's and depends on the version of Transformers."""
+        owned = self._owns_buffers()
+        super().crop(tokens_to_remove)
+        if owned:
+            self._show(self.keys.shape[2])
+        self.index.shorten(self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget all tokens. A dormant layer does what its parent does."""
+        super().reset()
+        self.index.clear()
+        if self.index.settings is not None:
+            self._drop_buffers()
+            self.keys = self.values = None
+            self.is_initialized = False
+
+    def offload(self) -> None:
+        """Move keys and values to the CPU; the statistics are small and stay where they are used."""
+        super().offload()
+        if self._views is not None and self._views[0] is not self.keys:
+            self._drop_buffers()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        if self.index.settings is None:
+            super().reorder_cache(beam_idx)
+        else:
+            self._select_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        if self.index.settings is None:
+            super().batch_repeat_interleave(repeats)
+        else:
+            self._select_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the given rows."""
+        if self.index.settings is None:
+            super().batch_select_indices(indices)
+        else:
+            self._select_rows(lambda rows: rows[indices.to(rows.device) if torch.is_tensor(indices) else indices])
+
+    def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        length = self.get_seq_length()
+        if length == 0:
+            return
+        if self._owns_buffers():
+            self._buffers = (select(self._buffers[0]), select(self._buffers[1]))
+            self._show(length)
+        else:
+            self._drop_buffers()
+            self.keys, self.values = select(self.keys), select(self.values)
+        self.index.select_rows(select)
+
+
+class UniqueStaticLayer(StaticLayer):
+    """A cache layer of fixed capacity with page statistics; all lengths stay on the device, as `torch.compile` needs.
+
+    Args:
+        max_cache_len (`int`): Slots.
+        settings (`UniqueConfig`, *optional*): Wake the layer at once.
+    """
+
+    def __init__(self, max_cache_len: int, settings: UniqueConfig | None = None, **kwargs: Any):
+        super().__init__(max_cache_len=max_cache_len, **kwargs)
+        self.index = PageIndex()
+        # for the report only: exact in eager runs, not advanced in compiled code, set right again by each prefill
+        self.host_length = 0
+        if settings is not None:
+            self.index.wake(settings)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new tokens and return the whole buffers, as tagged views.
+
+        Args:
+            key_states (`torch.Tensor`): `[B, HK, T, D]`.
+            value_states (`torch.Tensor`): `[B, HK, T, DV]`.
+        Returns:
+            `tuple`: Keys `[B, HK, S, D]` and values `[B, HK, S, DV]` with `S = max_cache_len`.
+        """
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            if key_states.shape[2] > 1 and self.index.settings is not None:
+                self.host_length = int(self.cumulative_length)
+            else:
+                self.host_length += key_states.shape[2]
+        return tag(keys, self), tag(values, self)
+
+    def reset(self) -> None:
+        """Zero the cache; the statistics are rebuilt by the next call that needs them."""
+        super().reset()
+        self.index.clear()
+        self.host_length = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self.index.select_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+
+class UniqueCache(DynamicCache):
+    """The cache of unique attention made by hand, for `past_key_values=`; `generate` makes the same one by itself.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration, with the settings in `config.get_text_config().unique_attention`.
+        offloading (`bool`, *optional*, defaults to `False`): Keep keys and values on the CPU between uses.
+        **settings: Settings of [`UniqueConfig`] that override those of the configuration for waking the layers.
+    Raises:
+        TypeError: `config` is not a model configuration.
+    """
+
+    def __init__(self, config: PreTrainedConfig, offloading: bool = False):
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"expected the model's configuration, got {type(config).__name__}: write UniqueCache(config=model.config)"
+            )
+        super().__init__(config=config, offloading=offloading)
+        settings = settings_of(config)
+        for layer in self.layers:
+            if hasattr(layer, "index"):
+                layer.index.wake(settings)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the parent's; a layer index beyond the configuration is a clear error."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"expected a layer index below {len(self.layers)}, got {layer_idx}: this cache was made for another model; "
+                "write UniqueCache(config=model.config) with the configuration of the model that runs"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)

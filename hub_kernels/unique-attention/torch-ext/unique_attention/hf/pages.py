@@ -1,0 +1,187 @@
+"""What a cache layer knows beside keys and values: settings, page statistics, padding. May import torch and `..ops`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from .. import ops
+from ..settings import UniqueConfig
+
+# spare room of a growing buffer: one part in GROWTH of its length, at least MIN_SPARE tokens. 1/32 keeps the memory over
+# the bare cache at 3 %, and copies 32 tokens per appended one: little beside the `budget` tokens that each step reads
+GROWTH = 32
+MIN_SPARE = 256
+
+
+def spare_capacity(length: int, page_size: int) -> int:
+    """Slots to reserve for `length` tokens: whole pages with room to grow (amortised, at most 1/32 or 256 tokens over).
+
+    Args:
+        length (`int`): Tokens that must fit.
+        page_size (`int`): Tokens per page.
+    Returns:
+        `int`: A multiple of `page_size`.
+    """
+    return math.ceil((length + max(MIN_SPARE, length // GROWTH)) / page_size) * page_size
+
+
+def writable(tensor: torch.Tensor) -> bool:
+    """Whether in-place writes are allowed here: tensors born in inference mode are read-only outside it."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+
+
+def map_rows(tensor: torch.Tensor, select: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Apply a selection along dim 0; fp8 codes travel as bytes, since torch has no fp8 `index_select`."""
+    if tensor.element_size() == 1 and tensor.is_floating_point():
+        return select(tensor.view(torch.uint8)).view(tensor.dtype)
+    return select(tensor)
+
+
+class PageIndex:
+    """Page statistics of one cache layer, kept up to date lazily from the cached keys.
+
+    `settings` is `None` while the layer is dormant. `covered` tokens have current statistics; whatever shortens or replaces
+    the keys lowers it, and the next `refresh` recomputes the pages beyond it.
+    """
+
+    def __init__(self):
+        self.settings: UniqueConfig | None = None
+        self.stats: ops.PageStats | None = None
+        self.built_with: tuple[int, str, str] | None = None
+        self.covered = 0
+        self.seq_starts: torch.Tensor | None = None
+        self.starts_host: list[int] | None = None
+
+    def wake(self, settings: UniqueConfig) -> None:
+        """Adopt the settings of the model that reads the layer.
+
+        Args:
+            settings (`UniqueConfig`): Settings of the calling model.
+        Raises:
+            ValueError: The cache already has statistics for another page size.
+        """
+        if settings is self.settings:
+            return
+        key = (settings.page_size, settings.score, settings.stats_dtype)
+        if self.built_with is not None and key != self.built_with:
+            if key[0] != self.built_with[0]:
+                raise ValueError(
+                    f"this cache was filled with page_size={self.built_with[0]}, and the model now asks for page_size={key[0]}: "
+                    "start a new cache (past_key_values=None), or configure the model back to the cache's page size"
+                )
+            # another score or storage needs other numbers per page; they are recomputed from the cached keys
+            self.forget()
+        self.settings = settings
+
+    def forget(self) -> None:
+        """Drop the statistics; the next `refresh` builds them from scratch."""
+        self.stats, self.built_with, self.covered = None, None, 0
+
+    def clear(self) -> None:
+        """Forget everything about the tokens seen (the settings stay)."""
+        self.forget()
+        self.seq_starts = self.starts_host = None
+
+    def shorten(self, length: int) -> None:
+        """The keys were cropped to `length` tokens: a page that lost tokens counts as not covered."""
+        if self.settings is not None:
+            page_size = self.settings.page_size
+            self.covered = min(self.covered, length // page_size * page_size)
+
+    def reserve(self, num_pages: int) -> None:
+        """Make room for `num_pages` pages of statistics, keeping those that exist."""
+        old = self.stats
+        if old is None or (old.spread.shape[2] >= num_pages and writable(old.spread)):
+            return
+        kept = min(old.spread.shape[2], num_pages)
+
+        def grow(tensor: torch.Tensor) -> torch.Tensor:
+            grown = tensor.new_zeros((*tensor.shape[:2], num_pages, *tensor.shape[3:]))
+            grown[:, :, :kept] = tensor[:, :, :kept]
+            return grown
+
+        self.stats = ops.PageStats(*(None if tensor is None else grow(tensor) for tensor in old))
+
+    def first(self, num_pages: int) -> ops.PageStats:
+        """Views of the statistics of the first `num_pages` pages."""
+        return ops.PageStats(*(None if tensor is None else tensor[:, :, :num_pages] for tensor in self.stats))
+
+    def refresh(self, keys: torch.Tensor, token_mask: torch.Tensor | None, seq_starts: torch.Tensor | None) -> ops.PageStats:
+        """Bring the statistics up to date with `keys` and return those of its pages.
+
+        Args:
+            keys (`torch.Tensor`): `[B, HK, S, D]`, all cached keys, every slot in use.
+            token_mask (`torch.Tensor`, *optional*): `[B, S]` bool, `False` for padding.
+            seq_starts (`torch.Tensor`, *optional*): `[B]`, first valid slot of each row.
+        Returns:
+            `PageStats`: Statistics of the `ceil(S / P)` pages; views, valid until the next refresh.
+        """
+        settings, length = self.settings, keys.shape[2]
+        num_pages = math.ceil(length / settings.page_size)
+        if self.stats is not None and self.stats.spread.shape[:2] != keys.shape[:2]:
+            self.forget()
+        fresh = self.covered if self.stats is not None else 0
+        if fresh < length:
+            kwargs = {"page_size": settings.page_size, "score": settings.score, "stats_dtype": settings.stats_dtype}
+            kwargs.update(seq_starts=seq_starts, token_mask=token_mask)
+            if fresh == 0:
+                self.stats = ops.page_stats(keys, **kwargs)
+            else:
+                if self.stats.spread.shape[2] < num_pages or not writable(self.stats.spread):
+                    self.reserve(spare_capacity(length, settings.page_size) // settings.page_size)
+                ops.page_stats(keys, **kwargs, num_new=length - fresh, out=self.first(num_pages))
+            self.built_with = (settings.page_size, settings.score, settings.stats_dtype)
+            self.covered = length
+        return self.first(num_pages)
+
+    def select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Carry the statistics and the padding along when the rows of the cache are reordered, repeated or dropped."""
+        if self.stats is not None:
+            self.stats = ops.PageStats(*(None if tensor is None else map_rows(tensor, select) for tensor in self.stats))
+        if self.seq_starts is not None:
+            self.seq_starts = select(self.seq_starts)
+        if self.starts_host is not None and self.seq_starts is not None:
+            if len(set(self.starts_host)) == 1:
+                # equal starts: only the number of rows matters, and asking for it needs no device sync
+                self.starts_host = self.starts_host[:1] * self.seq_starts.shape[0]
+            else:
+                self.starts_host = self.seq_starts.tolist()
+
+    def refresh_static(
+        self,
+        keys: torch.Tensor,
+        num_new: int,
+        host_length: int,
+        seq_lens: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        seq_starts: torch.Tensor | None,
+    ) -> ops.PageStats:
+        """As `refresh` for keys with unused slots: lengths stay on the device, and only `num_new` is a Python number.
+
+        Args:
+            keys (`torch.Tensor`): `[B, HK, S, D]`, the whole static buffer.
+            num_new (`int`): Tokens appended by the last update.
+            host_length (`int`): Tokens seen by eager updates; its distance to `covered` tells what other attention
+                functions appended in between.
+            seq_lens (`torch.Tensor`): `[B]`, slots in use.
+            token_mask (`torch.Tensor`, *optional*): `[B, S]` bool, `False` for padding.
+            seq_starts (`torch.Tensor`, *optional*): `[B]`, first valid slot of each row.
+        Returns:
+            `PageStats`: Statistics of all pages of the buffer.
+        """
+        settings = self.settings
+        kwargs = {"page_size": settings.page_size, "score": settings.score, "stats_dtype": settings.stats_dtype}
+        kwargs.update(seq_lens=seq_lens, seq_starts=seq_starts, token_mask=token_mask)
+        if self.stats is None or self.stats.spread.shape[:2] != keys.shape[:2] or not writable(self.stats.spread):
+            self.stats = ops.page_stats(keys, **kwargs)
+            self.built_with = (settings.page_size, settings.score, settings.stats_dtype)
+        else:
+            if not torch.compiler.is_compiling():
+                num_new = max(num_new, host_length - self.covered)
+            ops.page_stats(keys, **kwargs, num_new=num_new, out=self.stats)
+        if not torch.compiler.is_compiling():
+            self.covered = host_length
+        return self.stats

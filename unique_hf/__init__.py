@@ -1,0 +1,28 @@
+"""UNIQUE sparse attention for Transformers: importing this package makes `attn_implementation="unique"` available."""
+
+from __future__ import annotations
+
+import importlib
+
+from .backend import adapter, kernel_module
+from .check import check
+from .configure import configure
+from .report import report
+
+UniqueCache = adapter().UniqueCache
+UniqueConfig = kernel_module().UniqueConfig
+
+__version__ = "0.1.0"
+__all__ = ["UniqueCache", "UniqueConfig", "check", "configure", "report"]
+
+# names whose modules cost an import that plain inference does not need
+_LAZY: dict[str, str] = {}
+
+
+def __getattr__(name: str) -> object:
+    home = _LAZY.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(home, __name__), name)
+    globals()[name] = value
+    return value
