@@ -44,7 +44,7 @@ test-gpu: $(VENV)/.dev  ## the tests that need a CUDA device
 lint: $(VENV)/.dev  ## ruff and pyright
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 format: $(VENV)/.dev  ## apply ruff's fixes and layout
 	$(PY) -m ruff check --fix .
