@@ -1,0 +1,132 @@
+"""Helpers shared by the Triton kernels: storage kinds, row bounds, launch settings. Imports torch and triton only."""
+
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# how a page vector is stored; the kernels branch on these at compile time
+KIND = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}
+FP32, BF16, FP8, INT8, INT4 = (tl.constexpr(i) for i in range(5))
+
+# which statistics a score reads: the kernels branch on these at compile time
+FORM = {"mean": 0, "scalar": 1, "diagonal": 2, "absolute": 3, "moment": 4, "minmax": 5}
+MEAN, SCALAR, DIAGONAL, ABSOLUTE, MOMENT, MINMAX = (tl.constexpr(i) for i in range(6))
+
+# adding and subtracting 1.5 * 2**23 rounds a float32 of magnitude below 2**22 to the nearest even integer
+ROUND = tl.constexpr(12582912.0)
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Target(NamedTuple):
+    """What the launch code needs to know of a device."""
+
+    backend: str
+    arch: int
+    num_sms: int
+
+    @property
+    def native_fp8(self) -> bool:
+        """Whether the compiler converts `float8_e4m3fn` in hardware."""
+        return self.backend == "cuda" and self.arch >= 89
+
+    @property
+    def dp4a(self) -> bool:
+        """Whether four int8 products and their sum are one instruction."""
+        return self.backend == "cuda" and self.arch >= 61
+
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel may start while its predecessor drains."""
+        return self.backend == "cuda" and self.arch >= 90
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The [`Target`] of a device; the interpreter counts as one of its own."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return Target("hip", 0, properties.multi_processor_count)
+        return Target("cuda", properties.major * 10 + properties.minor, properties.multi_processor_count)
+    return Target("interpreter" if INTERPRET else device.type, 0, 16)
+
+
+def stride_of(tensor: torch.Tensor | None) -> int:
+    """Stride of the batch dimension of a `[B]` or `[B, ...]` tensor, 0 for `None`."""
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def page_strides(tensor: torch.Tensor, paged: bool, page_dim: int = 2) -> tuple[int, int, int]:
+    """Strides (row, head, page) of per-page storage: `[B, HK, N, ...]`, or `[num_pages, HK, ...]` with a page table."""
+    if paged:
+        return 0, tensor.stride(1), tensor.stride(0)
+    return tensor.stride(0), tensor.stride(1), tensor.stride(page_dim)
+
+
+def token_strides(tensor: torch.Tensor, paged: bool, page_size: int) -> tuple[int, int, int, int]:
+    """Strides (row, head, page, token) of keys or values: `[B, HK, S, D]`, or `[num_pages, HK, P, D]` with a page table."""
+    if paged:
+        return 0, tensor.stride(1), tensor.stride(0), tensor.stride(2)
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2) * page_size, tensor.stride(2)
+
+
+@triton.jit
+def row_end(len_ptr, stride_len, b, capacity, HAS_LENS: tl.constexpr):
+    """One past the last slot in use of row `b`."""
+    end = capacity
+    if HAS_LENS:
+        end = tl.minimum(tl.load(len_ptr + b * stride_len).to(tl.int32), capacity)
+    return end
+
+
+@triton.jit
+def row_start(start_ptr, stride_start, b, HAS_STARTS: tl.constexpr):
+    """First valid slot of row `b`."""
+    start = 0
+    if HAS_STARTS:
+        start = tl.load(start_ptr + b * stride_start).to(tl.int32)
+    return start
+
+
+@triton.jit
+def physical_page(table_ptr, stride_table, b, pages, mask, HAS_TABLE: tl.constexpr):
+    """Physical ids (int64) of logical pages of row `b`."""
+    physical = pages
+    if HAS_TABLE:
+        physical = tl.load(table_ptr + b * stride_table + pages, mask=mask, other=0)
+    return physical.to(tl.int64)
+
+
+@triton.jit
+def round_up_bf16(x):
+    """The smallest bfloat16 not below a non-negative float32, as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def encode_fp8(x):
+    """float32 (magnitude at most 448) to the bits of float8_e4m3fn, nearest even, without hardware conversion."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    step = ((tl.maximum(exponent, 121) - 3) << 23).to(tl.float32, bitcast=True)
+    rounded = ((tl.div_rn(x, step) + ROUND) - ROUND) * step
+    # scaled by 2**-8 the value is an exact float16 whose exponent field is that of the fp8 number
+    half = (rounded * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    return (((half & 0x7FFF) >> 7) | ((half >> 8) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def decode_fp8(bits, NATIVE_FP8: tl.constexpr):
+    """Bits of float8_e4m3fn to float32."""
+    if NATIVE_FP8:
+        x = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        wide = bits.to(tl.int32)
+        half = ((wide & 0x7F) << 7) | ((wide & 0x80) << 8)
+        x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return x

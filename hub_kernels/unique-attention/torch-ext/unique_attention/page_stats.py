@@ -1,0 +1,233 @@
+"""Page statistics (Eq. 1): recompute pages from cached keys, or append tokens and refresh the pages they touch.
+
+May import torch, triton and `_common`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import (
+    BF16,
+    FORM,
+    FP8,
+    FP32,
+    INT8,
+    KIND,
+    MINMAX,
+    ROUND,
+    SCALAR,
+    encode_fp8,
+    page_strides,
+    physical_page,
+    round_up_bf16,
+    row_end,
+    row_start,
+    stride_of,
+    token_strides,
+)
+
+
+@triton.jit
+def _store_codes(
+    x,  # [NPG, 2, BC] float32
+    codes_ptr,  # of this vector, row and head
+    scales_ptr,
+    page_offs_c,  # [NPG] offsets of the pages
+    page_offs_s,
+    mask_page,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    NG: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Quantises one vector per page and stores codes and scales. Dim `h * C + c` lies at `[h, c]`."""
+    offs_h = tl.arange(0, 2)[None, :, None]
+    offs_c = tl.arange(0, BC)[None, None, :]
+    dims = offs_h * C + offs_c  # [1, 2, BC]
+    mask_dim = (offs_c < C) & (dims < D)
+    mask = mask_page[:, None, None] & mask_dim
+    out = codes_ptr + page_offs_c[:, None, None] + dims
+    if KIND == FP32 or KIND == BF16:
+        tl.store(out, x.to(codes_ptr.dtype.element_ty), mask=mask)
+    elif KIND == FP8 or KIND == INT8:
+        absmax = tl.max(tl.max(tl.abs(x), axis=2), axis=1)  # [NPG]
+        scale = round_up_bf16(tl.div_rn(absmax, tl.full(absmax.shape, 448.0 if KIND == FP8 else 127.0, tl.float32)))
+        divisor = tl.where(scale > 0, scale, 1.0)[:, None, None]
+        scaled = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+        tl.store(scales_ptr + page_offs_s, scale.to(scales_ptr.dtype.element_ty), mask=mask_page)
+        if KIND == FP8:
+            tl.store(out, encode_fp8(scaled), mask=mask)
+        else:
+            tl.store(out, ((scaled + ROUND) - ROUND).to(tl.int8), mask=mask)
+    else:
+        scale = tl.zeros_like(x)
+        for g in tl.static_range(NG):
+            in_group = tl.broadcast_to(((dims // 32) == g) & mask_dim, x.shape)
+            absmax = tl.max(tl.max(tl.where(in_group, tl.abs(x), 0.0), axis=2), axis=1)
+            scale_g = round_up_bf16(tl.div_rn(absmax, tl.full(absmax.shape, 7.0, tl.float32)))
+            tl.store(scales_ptr + page_offs_s + g, scale_g.to(scales_ptr.dtype.element_ty), mask=mask_page)
+            scale = tl.where(in_group, scale_g[:, None, None], scale)
+        scaled = tl.div_rn(x, tl.where(scale > 0, scale, 1.0))
+        code = ((scaled + ROUND) - ROUND).to(tl.int32) + 8
+        packed = tl.sum(tl.where(offs_h == 0, code, code << 4), axis=1)  # [NPG, BC]
+        offs_byte = tl.arange(0, BC)[None, :]
+        tl.store(
+            codes_ptr + page_offs_c[:, None] + offs_byte,
+            packed.to(tl.uint8),
+            mask=mask_page[:, None] & (offs_byte < C),
+        )
+
+
+@triton.jit(do_not_specialize=["num_pages", "num_new", "capacity"])
+def _page_stats_fwd_kernel(
+    k_ptr, k_new_ptr, v_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
+    len_ptr, start_ptr, mask_ptr, table_ptr,
+    stride_kb, stride_kh, stride_kp, stride_kt,
+    stride_nb, stride_nh, stride_nt,
+    stride_vb, stride_vh, stride_vp, stride_vt,
+    stride_wb, stride_wh, stride_wt,
+    stride_cb, stride_ch, stride_cp, stride_cv,
+    stride_sb, stride_sh, stride_sp, stride_sv,
+    stride_db, stride_dh, stride_dp,
+    stride_len, stride_start, stride_mask, stride_table,
+    num_pages, num_new, capacity,
+    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BDV: tl.constexpr,
+    NG: tl.constexpr, NPG: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
+    ONLY_NEW: tl.constexpr, APPEND: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
+):  # fmt: skip
+    """Eq. 1. Program `(block of NPG pages, kv head, row)` writes the statistics of its pages.
+
+    `ONLY_NEW` starts at the page of the first of the last `num_new` tokens; `APPEND` takes those tokens from `k_new`
+    and `v_new` and writes them to the cache as well.
+    """
+    pid_h = tl.program_id(1).to(tl.int64)
+    pid_b = tl.program_id(2).to(tl.int64)
+    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
+    first_new = tl.maximum(end - num_new, 0)
+    page_begin = tl.program_id(0) * NPG
+    last_page = num_pages
+    if ONLY_NEW:
+        page_begin += first_new // P
+        last_page = tl.minimum(num_pages, tl.cdiv(end, P))
+    if page_begin < last_page:
+        pages = page_begin + tl.arange(0, NPG)
+        mask_page = pages < last_page
+        physical = physical_page(table_ptr, stride_table, pid_b, pages, mask_page, HAS_TABLE)
+        slots = pages[:, None] * P + tl.arange(0, P)[None, :]  # [NPG, P]
+        valid = mask_page[:, None] & (slots >= start) & (slots < end)
+        if HAS_MASK:
+            valid &= tl.load(mask_ptr + pid_b * stride_mask + slots, mask=valid, other=0) != 0
+        offs_t = tl.arange(0, P)[None, :]
+        offs_h = tl.arange(0, 2)[None, None, :, None]
+        offs_c = tl.arange(0, BC)[None, None, None, :]
+        dims = offs_h * C + offs_c
+        mask_dim = (offs_c < C) & (dims < D)
+        token_k = physical[:, None] * stride_kp + offs_t * stride_kt + pid_b * stride_kb + pid_h * stride_kh
+        if APPEND:
+            is_new = mask_page[:, None] & (slots >= first_new) & (slots < end)
+            token_n = (slots - (end - num_new)).to(tl.int64) * stride_nt + pid_b * stride_nb + pid_h * stride_nh
+            new_mask = is_new[:, :, None, None] & mask_dim
+            fresh = tl.load(k_new_ptr + token_n[:, :, None, None] + dims, mask=new_mask, other=0.0)
+            tl.store(k_ptr + token_k[:, :, None, None] + dims, fresh, mask=new_mask)
+            old = tl.load(
+                k_ptr + token_k[:, :, None, None] + dims,
+                mask=(valid & (slots < first_new))[:, :, None, None] & mask_dim,
+                other=0.0,
+            )
+            keys = tl.where(is_new[:, :, None, None], fresh, old).to(tl.float32)
+            offs_v = tl.arange(0, BDV)[None, None, :]
+            token_w = (slots - (end - num_new)).to(tl.int64) * stride_wt + pid_b * stride_wb + pid_h * stride_wh
+            token_v = physical[:, None] * stride_vp + offs_t * stride_vt + pid_b * stride_vb + pid_h * stride_vh
+            mask_v = is_new[:, :, None] & (offs_v < DV)
+            tl.store(
+                v_ptr + token_v[:, :, None] + offs_v,
+                tl.load(v_new_ptr + token_w[:, :, None] + offs_v, mask=mask_v, other=0.0),
+                mask=mask_v,
+            )
+        else:
+            keys = tl.load(
+                k_ptr + token_k[:, :, None, None] + dims, mask=valid[:, :, None, None] & mask_dim, other=0.0
+            ).to(tl.float32)
+        # [NPG, P, 2, BC]; masked tokens and dims are zero
+        count = tl.sum(valid.to(tl.float32), axis=1)  # [NPG]
+        weight = tl.where(count > 0, 1.0 / tl.maximum(count, 1.0), 0.0)
+        if FORM == MINMAX:
+            seen = valid[:, :, None, None] & mask_dim
+            first = tl.max(tl.where(seen, keys, float("-inf")), axis=1)
+            second = tl.min(tl.where(seen, keys, float("inf")), axis=1)
+            first = tl.where(first == float("-inf"), 0.0, first)
+            second = tl.where(second == float("inf"), 0.0, second)
+            total = tl.zeros_like(count)
+        else:
+            first = tl.sum(keys, axis=1) * weight[:, None, None]
+            deviation = tl.where(valid[:, :, None, None], keys - first[:, None, :, :], 0.0)
+            variance = tl.sum(deviation * deviation, axis=1) * weight[:, None, None]
+            second = tl.sqrt(variance)
+            total = tl.sqrt(tl.sum(tl.sum(variance, axis=2), axis=1))
+        row_c = codes_ptr + pid_b * stride_cb + pid_h * stride_ch
+        row_s = scales_ptr
+        if KIND >= FP8:
+            row_s += pid_b * stride_sb + pid_h * stride_sh
+        offs_pc = physical * stride_cp
+        offs_ps = physical * stride_sp
+        _store_codes(first, row_c, row_s, offs_pc, offs_ps, mask_page, D, C, BC, NG, KIND)
+        if FORM > SCALAR:
+            row_t = row_s
+            if KIND >= FP8:
+                row_t += stride_sv
+            _store_codes(second, row_c + stride_cv, row_t, offs_pc, offs_ps, mask_page, D, C, BC, NG, KIND)
+        if FORM != SCALAR:
+            total = tl.zeros_like(count)
+        spread = spread_ptr + pid_b * stride_db + pid_h * stride_dh + physical * stride_dp
+        tl.store(spread, total.to(spread_ptr.dtype.element_ty), mask=mask_page)
+
+
+def _launch(
+    k, v, k_new, v_new, stats, *, page_size, score, stats_dtype, seq_lens, seq_starts, token_mask, page_table, num_new
+):
+    """Fills in strides and tile sizes; the grid covers the pages that `num_new` tokens can touch, or all pages."""
+    codes, scales, spread = stats
+    paged = page_table is not None
+    batch = page_table.shape[0] if paged else k.shape[0]
+    num_kv_heads, head_dim = k.shape[1], k.shape[-1]
+    num_pages = page_table.shape[1] if paged else codes.shape[2]
+    capacity = num_pages * page_size if paged else k.shape[2]
+    half = (head_dim + 1) // 2
+    block_half = triton.next_power_of_2(half)
+    value_dim = 1 if v is None else v.shape[-1]
+    pages_per_program = 1 if num_new == 1 else max(1, min(64 // page_size, 8192 // (page_size * 2 * block_half)))
+    touched = num_pages if num_new is None else min(num_pages, (num_new - 1 + page_size - 1) // page_size + 1)
+    tile = pages_per_program * page_size * 2 * block_half
+    scale_strides = (0, 0, 0, 0) if scales is None else (*page_strides(scales, paged), scales.stride(-2))
+    new_strides = (0, 0, 0) if k_new is None else k_new.stride()[:3]
+    new_value_strides = (0, 0, 0) if v_new is None else v_new.stride()[:3]
+    value_strides = (0, 0, 0, 0) if v is None else token_strides(v, paged, page_size)
+    _page_stats_fwd_kernel[(triton.cdiv(touched, pages_per_program), num_kv_heads, batch)](
+        k, k_new, v, v_new,
+        codes.view(torch.uint8) if stats_dtype == "fp8" else codes, scales, spread,
+        seq_lens, seq_starts, None if token_mask is None else token_mask.view(torch.uint8), page_table,
+        *token_strides(k, paged, page_size), *new_strides, *value_strides, *new_value_strides,
+        *page_strides(codes, paged), codes.stride(-2), *scale_strides, *page_strides(spread, paged),
+        stride_of(seq_lens), stride_of(seq_starts), stride_of(token_mask), stride_of(page_table),
+        num_pages, num_new or 0, capacity,
+        P=page_size, D=head_dim, DV=value_dim, C=half, BC=block_half, BDV=triton.next_power_of_2(value_dim),
+        NG=(head_dim + 31) // 32, NPG=pages_per_program, KIND=KIND[stats_dtype], FORM=FORM[score],
+        ONLY_NEW=num_new is not None, APPEND=k_new is not None,
+        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
+        HAS_MASK=token_mask is not None, HAS_TABLE=paged,
+        num_warps=8 if tile > 8192 else 4 if tile > 1024 else 1,
+    )  # fmt: skip
+
+
+def page_stats(k, stats, **settings):
+    """Writes the statistics of all pages, or of those the last `num_new` tokens touch, into `stats`."""
+    _launch(k, None, None, None, stats, **settings)
+
+
+def append_tokens(k_cache, v_cache, stats, k_new, v_new, **settings):
+    """Writes new keys and values to the last slots of each row and refreshes the pages they touch, in one launch."""
+    _launch(k_cache, v_cache, k_new, v_new, stats, num_new=k_new.shape[2], **settings)

@@ -1,0 +1,273 @@
+"""Decode attention over the selected pages (Eq. 5), alone or fused with the selection (Eq. 4).
+
+A row's pages are divided among `SPLITS` programs; each finds its own slice of the selected pages, and the last one to finish merges the partial
+results in a fixed order. May import torch, triton, `_common` and `page_select`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import physical_page, row_end, row_start, stride_of, target_of, token_strides
+from .page_select import select_row, tile_for
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _attend(
+    q_ptr, stride_qh, stride_qd, k_ptr, v_ptr, ids_ptr, mask_ptr, table_ptr, stride_table,
+    stride_kp, stride_kt, stride_vp, stride_vt,
+    b, first_head, start, end, base_page, first_pos, last_pos, scale, softcap,
+    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    IDENTITY: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Eq. 5 over positions `first_pos .. last_pos - 1` of a page list (`base_page + position` if `IDENTITY`).
+
+    Returns the unnormalised output `[GP, BDV]`, the maximum logit (base 2) and the sum of exponentials `[GP]`.
+    """
+    offs_g = tl.arange(0, GP)
+    offs_d = tl.arange(0, BD)
+    offs_v = tl.arange(0, BDV)
+    offs_t = tl.arange(0, BLOCK_T)
+    q = tl.load(
+        q_ptr + (first_head + offs_g)[:, None] * stride_qh + offs_d[None, :] * stride_qd,
+        mask=(offs_g < G)[:, None] & (offs_d < D)[None, :],
+        other=0.0,
+    )
+    q = q.to(k_ptr.dtype.element_ty)
+    m_i = tl.full((GP,), float("-inf"), tl.float32)
+    l_i = tl.zeros((GP,), tl.float32)
+    acc = tl.zeros((GP, BDV), tl.float32)
+    for begin in tl.range(first_pos * P, last_pos * P, BLOCK_T, num_stages=STAGES):
+        pos = (begin + offs_t) // P
+        if IDENTITY:
+            page = tl.where(pos < last_pos, base_page + pos, -1)
+        else:
+            page = tl.load(ids_ptr + pos, mask=pos < last_pos, other=-1)
+        slot = page * P + (begin + offs_t) % P
+        valid = (page >= 0) & (slot >= start) & (slot < end)
+        if HAS_MASK:
+            valid &= tl.load(mask_ptr + slot, mask=valid, other=0) != 0
+        physical = physical_page(table_ptr, stride_table, b, page, valid, HAS_TABLE)
+        offs_in = (begin + offs_t) % P
+        k = tl.load(
+            k_ptr + (physical * stride_kp + offs_in * stride_kt)[:, None] + offs_d[None, :],
+            mask=valid[:, None] & (offs_d < D)[None, :],
+            other=0.0,
+        )  # [BLOCK_T, BD]
+        v = tl.load(
+            v_ptr + (physical * stride_vp + offs_in * stride_vt)[:, None] + offs_v[None, :],
+            mask=valid[:, None] & (offs_v < DV)[None, :],
+            other=0.0,
+        )  # [BLOCK_T, BDV]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [GP, BLOCK_T]
+        if HAS_SOFTCAP:
+            logits = softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)
+        logits = tl.where(valid[None, :], logits * LOG2E, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(logits, axis=1))
+        # a row without a valid token yet keeps a finite reference point
+        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(logits - m_ref[:, None])
+        decay = tl.exp2(m_i - m_ref)
+        l_i = l_i * decay + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        m_i = m_new
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _finish(
+    acc, m_i, l_i, out_ptr, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, first_head, split,
+    DV: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Writes the output of a row, after merging the partial results if there are several."""
+    offs_g = tl.arange(0, GP)
+    offs_v = tl.arange(0, BDV)
+    mask_g = offs_g < G
+    mask_o = mask_g[:, None] & (offs_v < DV)[None, :]
+    last = True
+    if SPLITS > 1:
+        part = (row * SPLITS + split) * GP + offs_g
+        tl.store(acc_ptr + part[:, None] * BDV + offs_v[None, :], acc)
+        tl.store(ml_ptr + part * 2, m_i)
+        tl.store(ml_ptr + part * 2 + 1, l_i)
+        tl.debug_barrier()
+        last = tl.atomic_add(counter_ptr + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        if last:
+            # ready for the next call
+            tl.store(counter_ptr + row, 0)
+            m_i = tl.full((GP,), float("-inf"), tl.float32)
+            l_i = tl.zeros((GP,), tl.float32)
+            acc = tl.zeros((GP, BDV), tl.float32)
+            for other in range(SPLITS):
+                part = (row * SPLITS + other) * GP + offs_g
+                m_part = tl.load(ml_ptr + part * 2)
+                l_part = tl.load(ml_ptr + part * 2 + 1)
+                m_new = tl.maximum(m_i, m_part)
+                m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+                decay = tl.exp2(m_i - m_ref)
+                decay_part = tl.exp2(m_part - m_ref)
+                partial = tl.load(acc_ptr + part[:, None] * BDV + offs_v[None, :])
+                acc = acc * decay[:, None] + partial * decay_part[:, None]
+                l_i = l_i * decay + l_part * decay_part
+                m_i = m_new
+    if last:
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + first_head + offs_g, mask=mask_g, other=float("-inf")).to(tl.float32) * LOG2E
+            m_new = tl.maximum(m_i, sink)
+            m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+            decay = tl.exp2(m_i - m_ref)
+            acc = acc * decay[:, None]
+            l_i = l_i * decay + tl.exp2(sink - m_ref)
+        out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+        tl.store(
+            out_ptr + (first_head + offs_g)[:, None] * stride_oh + offs_v[None, :],
+            out.to(out_ptr.dtype.element_ty),
+            mask=mask_o,
+        )
+
+
+@triton.jit(do_not_specialize=["capacity", "dense_pages"])
+def _sparse_decode_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, scores_ptr, ids_ptr, out_ptr, acc_ptr, ml_ptr, counter_ptr, sinks_ptr,
+    len_ptr, start_ptr, mask_ptr, table_ptr,
+    stride_qb, stride_qh, stride_qd,
+    stride_kb, stride_kh, stride_kp, stride_kt,
+    stride_vb, stride_vh, stride_vp, stride_vt,
+    stride_sb, stride_sh, stride_ib, stride_ih, stride_ob, stride_oh,
+    stride_len, stride_start, stride_mask, stride_table,
+    capacity, dense_pages, scale, softcap,
+    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr,
+    RECENT: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, SELECT: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Eq. 5, after Eq. 4 if `SELECT`. Program `(split, kv head, row)` attends to its slice of the row's pages.
+
+    A row of at most `max(dense_pages, K)` pages attends to all of them and selects nothing; more than `K` are not listed.
+    """
+    split = tl.program_id(0)
+    pid_h = tl.program_id(1).to(tl.int64)
+    pid_b = tl.program_id(2).to(tl.int64)
+    row = pid_b * tl.num_programs(1) + pid_h
+    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
+    last_page = tl.cdiv(end, P)
+    first_page = tl.minimum(start // P, last_page)
+    count = last_page - first_page
+    row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
+    row_q = q_ptr + pid_b * stride_qb
+    row_k = k_ptr + pid_b * stride_kb + pid_h * stride_kh
+    row_v = v_ptr + pid_b * stride_vb + pid_h * stride_vh
+    row_mask = mask_ptr
+    if HAS_MASK:
+        row_mask += pid_b * stride_mask
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    pages_per_tile: tl.constexpr = 1 if P > BLOCK_T else BLOCK_T // P
+    dense = SELECT and count <= tl.maximum(dense_pages, K)
+    listed = tl.where(dense, count, K)
+    # whole tiles per split, so that only the last one is ragged
+    share = tl.cdiv(tl.cdiv(listed, pages_per_tile), SPLITS) * pages_per_tile
+    first_pos = tl.minimum(split * share, listed)
+    last_pos = tl.minimum(first_pos + share, listed)
+    if dense:
+        if split == 0:
+            offs_k = tl.arange(0, BLOCK_K)
+            everything = tl.where((offs_k < count) & (count <= K), first_page + offs_k, -1)
+            tl.store(row_ids + offs_k, everything, mask=offs_k < K)
+        acc, m_i, l_i = _attend(
+            row_q, stride_qh, stride_qd, row_k, row_v, row_ids, row_mask, table_ptr, stride_table,
+            stride_kp, stride_kt, stride_vp, stride_vt,
+            pid_b, pid_h * G, start, end, first_page, first_pos, last_pos, scale, softcap,
+            P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, True, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
+        )  # fmt: skip
+    else:
+        if SELECT:
+            select_row(
+                scores_ptr + pid_b * stride_sb + pid_h * stride_sh, row_ids, first_page, last_page,
+                first_pos, last_pos, K, BLOCK_K, SINK, RECENT, TILE, SINGLE,
+            )  # fmt: skip
+            tl.debug_barrier()
+        acc, m_i, l_i = _attend(
+            row_q, stride_qh, stride_qd, row_k, row_v, row_ids, row_mask, table_ptr, stride_table,
+            stride_kp, stride_kt, stride_vp, stride_vt,
+            pid_b, pid_h * G, start, end, first_page, first_pos, last_pos, scale, softcap,
+            P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, False, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
+        )  # fmt: skip
+    _finish(
+        acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
+        split, DV, BDV, G, GP, SPLITS, HAS_SINKS,
+    )  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """Tile, pipeline depth, warps and programs per row of a decode call."""
+
+    block_t: int
+    stages: int
+    num_warps: int
+    splits: int
+
+
+def launch_decode(rows: int, tokens: int, row_bytes: int, tile: int, num_sms: int) -> Launch:
+    """Launch settings for `rows` rows of `tokens` tokens whose keys (or values) take `row_bytes` each.
+
+    Enough programs per row to fill the device twice, at most one per tile.
+    """
+    block_t = 32 if row_bytes > 256 else 64
+    splits = 1
+    while splits * 2 <= min(triton.cdiv(tokens, block_t), 32) and rows * splits * 2 <= num_sms * 2:
+        splits *= 2
+    # the scores of a tile stay in registers
+    return Launch(block_t, 2, 16 if tile > 8192 else 8 if tile > 4096 else 4, splits)
+
+
+def sparse_decode(
+    q, k, v, page_ids, out, *, page_size, softmax_scale, seq_lens, seq_starts, token_mask, page_table, softcap, sinks,
+    scores=None, sink_pages=0, recent_pages=0, dense_pages=0, counter=None,
+):  # fmt: skip
+    """Fills `out [B, H, 1, DV]`. With `scores [B, HK, N]` it selects first and fills `page_ids [B, HK, K]` too."""
+    paged = page_table is not None
+    batch, num_heads = q.shape[:2]
+    num_kv_heads, head_dim, value_dim = k.shape[1], k.shape[-1], v.shape[-1]
+    num_pages = page_table.shape[1] if paged else triton.cdiv(k.shape[2], page_size)
+    num_kept = page_ids.shape[-1]
+    group = num_heads // num_kv_heads
+    group_rows = max(16, triton.next_power_of_2(group))
+    target = target_of(q.device)
+    block_d, block_dv = max(16, triton.next_power_of_2(head_dim)), max(16, triton.next_power_of_2(value_dim))
+    tile = tile_for(num_pages)
+    tokens = max(num_kept, min(dense_pages, num_pages)) * page_size
+    row_bytes = max(block_d, block_dv) * k.element_size()
+    launch = launch_decode(batch * num_kv_heads, tokens, row_bytes, tile if scores is not None else 0, target.num_sms)
+    splits, device = launch.splits, q.device
+    partial = torch.empty((batch * num_kv_heads * splits * group_rows, block_dv), dtype=torch.float32, device=device)
+    extent = torch.empty((batch * num_kv_heads * splits * group_rows, 2), dtype=torch.float32, device=device)
+    if counter is None:
+        counter = torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=device)
+    dependent = scores is not None and target.dependent_launch
+    _sparse_decode_fwd_kernel[(splits, num_kv_heads, batch)](
+        q, k, v, scores, page_ids, out, partial, extent, counter, sinks,
+        seq_lens, seq_starts, None if token_mask is None else token_mask.view(torch.uint8), page_table,
+        q.stride(0), q.stride(1), q.stride(-1),
+        *token_strides(k, paged, page_size), *token_strides(v, paged, page_size),
+        *((0, 0) if scores is None else scores.stride()[:2]), *page_ids.stride()[:2], *out.stride()[:2],
+        stride_of(seq_lens), stride_of(seq_starts), stride_of(token_mask), stride_of(page_table),
+        num_pages * page_size if paged else k.shape[2], dense_pages, softmax_scale, softcap or 0.0,
+        P=page_size, D=head_dim, DV=value_dim, BD=block_d, BDV=block_dv, G=group, GP=group_rows,
+        K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), SINK=sink_pages, RECENT=recent_pages,
+        TILE=tile, SINGLE=num_pages <= tile, BLOCK_T=launch.block_t, STAGES=launch.stages, SPLITS=splits, SELECT=scores is not None,
+        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_MASK=token_mask is not None,
+        HAS_TABLE=paged, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, PDL=dependent,
+        num_warps=launch.num_warps, **({"launch_pdl": True} if dependent else {}),
+    )  # fmt: skip
+    return out
