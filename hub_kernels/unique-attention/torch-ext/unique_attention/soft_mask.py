@@ -1,0 +1,306 @@
+"""Soft-mask attention for training (Eq. 6): fused forward and backward in O(T) memory plus one bit of list per tile.
+
+May import torch, triton, `settings`, `_common` and `soft_mask_*`. How a call runs:
+
+1. Packed documents are moved to a layout in which every document starts at a page (`_pack`), so pages are aligned slots from
+   here on and "same document" is "page not before the first page of the query's document".
+2. Features of queries and pages make the page score a product `fq . fp + nq * fs` (`soft_mask_stats`).
+3. Thresholds per query, exact, and from them the lists of open tiles (`soft_mask_select`).
+4. Attention over the open tiles (`soft_mask_fwd`); two kernels walk the same lists backward (`soft_mask_bwd`).
+
+Skipped tiles. With `L_i(X) = sum_{t in X} exp(logit_it)` before the gate, a query loses at most the share
+`d_i = skip_below * L_i(skipped) / L_i(kept with g = 1)` of its softmax mass, and its output moves by at most
+`2 d_i max|v|`. `skip_below` is `eps(dtype)^2` unless given: 6e-5 for bf16, 1e-6 for fp16, 1e-14 for fp32.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch.autograd.function import once_differentiable
+
+from ._common import target_of
+from .settings import resolve_score_weight
+from .soft_mask_bwd import _soft_mask_bwd_dkv_kernel, _soft_mask_bwd_dq_kernel
+from .soft_mask_fwd import _soft_mask_fwd_attend_kernel
+from .soft_mask_select import select_tiles
+from .soft_mask_stats import LINEAR_FORMS, Features, add_feature_grads, features
+
+
+# (largest head dim, bytes per number) -> rows of a tile (queries times heads of a group), keys of a tile, and
+# (num_warps, num_stages) of forward, dq and dk/dv
+LAUNCH = {
+    (64, 2): (128, 64, (4, 3), (8, 2), (8, 2)),
+    (128, 2): (128, 64, (8, 3), (8, 2), (8, 2)),
+    (256, 2): (64, 32, (4, 2), (4, 1), (4, 1)),
+    (64, 4): (64, 32, (4, 2), (4, 1), (4, 1)),
+    (128, 4): (32, 32, (4, 1), (4, 1), (4, 1)),
+    (256, 4): (16, 32, (4, 1), (4, 1), (4, 1)),
+}
+# small tiles, so that small tests see many of them
+LAUNCH_INTERPRETER = (32, 32, (1, 1), (1, 1), (1, 1))
+MAX_GROUP = 16
+
+
+class Layout(NamedTuple):
+    """First valid slot of each query's row or document, int32 `[B | 1, T | 1]` expanded, and `[B, T]` uint8 validity."""
+
+    start: torch.Tensor
+    valid: torch.Tensor | None
+
+
+class Settings(NamedTuple):
+    """Everything about a call that is not a tensor."""
+
+    page_size: int
+    num_kept: int
+    sink_pages: int
+    recent_pages: int
+    temperature: float
+    score: str
+    score_weight: float
+    softmax_scale: float
+    softcap: float | None
+    threshold_grad: bool
+    skip_below: float
+
+
+def supports(*, score: str, group_reduce: str) -> bool:
+    """Whether the kernels compute this score form and vote; the reference computes all of them.
+
+    Args:
+        score (`str`): Score form (Eq. 2).
+        group_reduce (`str`): Vote (Eq. 3).
+    Returns:
+        `bool`: True for the forms that are linear in what they read of the query, with the vote "mean".
+    """
+    return score in LINEAR_FORMS and group_reduce == "mean"
+
+
+def soft_mask_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    page_size: int,
+    num_kept: int,
+    sink_pages: int = 1,
+    recent_pages: int = 1,
+    temperature: float,
+    score: str = "scalar",
+    score_weight: float | None = None,
+    group_reduce: str = "mean",
+    softmax_scale: float | None = None,
+    token_mask: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    threshold_grad: bool = False,
+    skip_below: float | None = None,
+) -> torch.Tensor:
+    """Causal attention under the differentiable soft top-k page mask, for training.
+
+    Equation: logits of the tokens of page p get + log sigmoid((score_ip - theta_i) / temperature) (Eq. 6).
+
+    Args:
+        q (`torch.Tensor`): `[B, H, T, D]`, fp16, bf16 or fp32, after RoPE, not yet scaled.
+        k (`torch.Tensor`): `[B, HK, T, D]`.
+        v (`torch.Tensor`): `[B, HK, T, DV]`.
+        page_size (`int`): Tokens per page P, a power of two.
+        num_kept (`int`): Pages kept K, sink and recent pages included.
+        sink_pages (`int`, *optional*, defaults to 1): First pages of the row or document, always kept.
+        recent_pages (`int`, *optional*, defaults to 1): Pages up to the query's own, always kept; at least 1.
+        temperature (`float`): Width of the sigmoid, > 0, in units of the page score.
+        score (`str`, *optional*, defaults to `"scalar"`): One of `LINEAR_FORMS`.
+        score_weight (`float`, *optional*): w of Eq. 2; `None` takes the default of the form.
+        group_reduce (`str`, *optional*, defaults to `"mean"`): Vote (Eq. 3); only `"mean"`.
+        softmax_scale (`float`, *optional*): s, `1 / sqrt(D)` by default.
+        token_mask (`torch.Tensor`, *optional*): `[B, T]` bool, tokens that count.
+        cu_seq_lens (`torch.Tensor`, *optional*): `[documents + 1]` bounds of packed documents, B = 1; pages start anew in each.
+        softcap (`float`, *optional*): Bound of the logits, applied before the mask is added.
+        sinks (`torch.Tensor`, *optional*): `[H]` extra logit per head.
+        threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through theta.
+        skip_below (`float`, *optional*): Tiles in which no gate reaches it are skipped; `None` takes `eps(dtype)^2`, 0 skips
+            nothing.
+    Returns:
+        `torch.Tensor`: `[B, H, T, DV]` in the dtype of `q`; 0 for queries that see nothing.
+    Raises:
+        NotImplementedError: score form, vote, dtype or group size without a kernel.
+
+    Numerics: fp32 softmax and statistics, page features rounded to the dtype of `q`, exact thresholds; no atomics, bit for bit
+    reproducible; never waits for the device.
+    """
+    _check_supported(q, k, page_size, score, group_reduce)
+    settings = Settings(
+        page_size, num_kept, sink_pages, recent_pages, temperature, score, resolve_score_weight(score, score_weight),
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, softcap, threshold_grad,
+        torch.finfo(q.dtype).eps ** 2 if skip_below is None else skip_below,
+    )  # fmt: skip
+    if cu_seq_lens is None:
+        return _SoftMaskAttention.apply(q, k, v, sinks, _row_layout(q, token_mask), settings)
+    slots, num_slots, layout = _pack(cu_seq_lens, token_mask, q.shape[2], page_size)
+    q, k, v = (x.new_zeros(*x.shape[:2], num_slots, x.shape[3]).index_copy(2, slots, x) for x in (q, k, v))
+    return _SoftMaskAttention.apply(q, k, v, sinks, layout, settings).index_select(2, slots)
+
+
+def _check_supported(q: torch.Tensor, k: torch.Tensor, page_size: int, score: str, group_reduce: str) -> None:
+    if not supports(score=score, group_reduce=group_reduce):
+        raise NotImplementedError(
+            f"Expected score in {', '.join(LINEAR_FORMS)} with group_reduce='mean', got score={score!r} with "
+            f"group_reduce={group_reduce!r}; use impl='reference' or another score."
+        )
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise NotImplementedError(f"Expected float16, bfloat16 or float32, got {q.dtype}; use impl='reference'.")
+    if q.shape[1] // k.shape[1] > MAX_GROUP:
+        raise NotImplementedError(
+            f"Expected at most {MAX_GROUP} query heads per kv head, got {q.shape[1] // k.shape[1]}; use impl='reference'."
+        )
+    if page_size & (page_size - 1) or q.shape[-1] > 256:
+        raise NotImplementedError(
+            f"Expected a power of two as page_size and head_dim <= 256, got {page_size} and {q.shape[-1]}; use impl='reference'."
+        )
+
+
+def _row_layout(q: torch.Tensor, token_mask: torch.Tensor | None) -> Layout:
+    B, _, T, _ = q.shape
+    if token_mask is None:
+        return Layout(torch.zeros(1, 1, dtype=torch.int32, device=q.device).expand(B, T), None)
+    start = torch.where(token_mask.any(-1), token_mask.int().argmax(-1), T)
+    return Layout(start.to(torch.int32)[:, None].expand(B, T), token_mask.to(torch.uint8).contiguous())
+
+
+def _pack(cu_seq_lens, token_mask, length: int, page_size: int) -> tuple[torch.Tensor, int, Layout]:
+    """Slots of the tokens when every document starts at a page, how many slots there are, and their layout."""
+    device = cu_seq_lens.device
+    # what follows the last document is one of its own
+    bounds = torch.cat([cu_seq_lens.long(), torch.full((1,), length, device=device)])
+    # the sum of the rounded up lengths is at most this, and asking the device for it would make the host wait
+    num_slots = (length + (bounds.numel() - 1) * (page_size - 1)) // page_size * page_size
+    rounded = (bounds.diff() + page_size - 1) // page_size * page_size
+    first = rounded.cumsum(0) - rounded
+    token = torch.arange(length, device=device)
+    document = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
+    slots = first[document] + token - bounds[document]
+    if token_mask is None:
+        of_document, valid = first, None
+    else:
+        where = torch.where(token_mask[0], slots, num_slots)
+        of_document = torch.full_like(first, num_slots).scatter_reduce(0, document, where, "amin")
+        valid = torch.zeros(1, num_slots, dtype=torch.uint8, device=device)
+        valid[0, slots] = token_mask[0].to(torch.uint8)
+    start = torch.full((1, num_slots), num_slots, dtype=torch.int32, device=device)
+    start[0, slots] = of_document[document].to(torch.int32)
+    return slots, num_slots, Layout(start, valid)
+
+
+def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, tuple]:
+    """Settings that all kernels share, those of the selection, and (num_warps, num_stages) of the three attention kernels."""
+    group = q.shape[1] // k.shape[1]
+    group_pow2 = triton.next_power_of_2(group)
+    block_d, block_dv = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
+    size = q.element_size()
+    interpreted = target_of(q.device).backend == "interpreter"
+    rows, block_s, *launches = LAUNCH_INTERPRETER if interpreted else LAUNCH[max(64, block_d, block_dv), size]
+    block_t = max(rows // group_pow2, 4)
+    chunk = min(settings.page_size, block_s // 16)
+    num_features = block_d * (2 if settings.score == "minmax" else 1)
+    meta = dict(
+        sink_pages=settings.sink_pages, recent_pages=settings.recent_pages, scale=settings.softmax_scale,
+        softcap=settings.softcap or 0.0, inv_temperature=min(1.0 / settings.temperature, 1e30),
+        GROUP=group, GROUP_POW2=group_pow2, D=q.shape[-1], DV=v.shape[-1], BLOCK_D=block_d, BLOCK_DV=block_dv,
+        PAGE_SIZE=settings.page_size, NUM_FEATURES=num_features, HAS_SCALAR=settings.score == "scalar",
+        HAS_SOFTCAP=settings.softcap is not None, HAS_MASK=layout.valid is not None,
+        PRECISION="ieee" if size == 4 else "tf32", BLOCK_T=block_t, BLOCK_S=block_s, CHUNK=chunk,
+    )  # fmt: skip
+    row_bytes = num_features * size
+    cut = -math.inf if settings.skip_below <= 0 else math.log(settings.skip_below) - math.log1p(-settings.skip_below)
+    select = dict(
+        num_free=settings.num_kept - settings.sink_pages - settings.recent_pages, cut=cut,
+        BLOCK_T=16 if interpreted else 128 if row_bytes <= 512 else 64 if row_bytes <= 1024 else 32,
+        BLOCK_N=16 if interpreted else 64 if row_bytes <= 512 else 32, num_warps=8 if row_bytes <= 512 else 4,
+        BLOCK_C=max(64, block_s // chunk),
+    )  # fmt: skip
+    return meta, select, launches
+
+
+class _SoftMaskAttention(torch.autograd.Function):
+    """Forward and backward on aligned pages; `layout` and `settings` are no tensors to autograd."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, layout, settings):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        B, H, T, _ = q.shape
+        HK, DV = k.shape[1], v.shape[-1]
+        meta, select, launches = _launch(q, k, v, layout, settings)
+        form = dict(page_size=settings.page_size, score=settings.score, score_weight=settings.score_weight)
+        feats = features(q, k, **form, valid=layout.valid)
+        thresholds, tiles = select_tiles(*feats, layout, meta, select, settings.threshold_grad)
+        # [B, T, H, DV] in memory: that is where the model wants it next
+        out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device).transpose(1, 2)
+        lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+        N, (NQB, NKB) = feats.fp.shape[2], tiles.rows.shape[1:]
+        valid = lse if layout.valid is None else layout.valid
+        num_warps, num_stages = launches[0]
+        _soft_mask_fwd_attend_kernel[(NQB, B * HK)](
+            q, k, v, out, lse, *feats, thresholds.theta, layout.start, valid, lse if sinks is None else sinks,
+            tiles.rows, tiles.num_rows,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *layout.start.stride(), valid.stride(0),
+            T, N, NQB, NKB, HK, **meta, HAS_SINKS=sinks is not None, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *layout, *feats, *thresholds, *tiles)
+        ctx.settings, ctx.launch = settings, (meta, form, launches)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, sinks, out, lse, start, valid, *rest = ctx.saved_tensors
+        feats, (theta, above, below), tiles = Features(*rest[:4]), rest[4:7], rest[7:]
+        meta, form, launches = ctx.launch
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        (B, HK, T, _), N, DV = k.shape, feats.fp.shape[2], v.shape[-1]
+        NQB, NKB = tiles[0].shape[1:]
+        mask = lse if valid is None else valid
+        threshold_grad = ctx.settings.threshold_grad
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        delta = torch.empty_like(lse)
+        dtheta = torch.empty_like(theta) if threshold_grad else theta
+        dfq, dnq = torch.empty_like(feats.fq, dtype=q.dtype), torch.empty_like(feats.nq)
+        common = (*start.stride(), mask.stride(0), T, N, NQB, NKB, HK)
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+        num_warps, num_stages = launches[1]
+        _soft_mask_bwd_dq_kernel[(NQB, B * HK)](
+            q, k, v, out, dout, lse, *feats, theta, above, below, start, mask, tiles[0], tiles[1],
+            dq, dfq, dnq, delta, dtheta,
+            *strides, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *common, **meta,
+            THRESHOLD_GRAD=threshold_grad, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        page_size, block_s = meta["PAGE_SIZE"], meta["BLOCK_S"]
+        pages_per_tile, tiles_per_page = max(1, block_s // page_size), max(1, page_size // block_s)
+        dfp = torch.empty(B * HK, NKB, pages_per_tile, feats.fp.shape[3], dtype=torch.float32, device=q.device)
+        dfs = torch.empty(dfp.shape[:3], dtype=torch.float32, device=q.device)
+        num_warps, num_stages = launches[2]
+        _soft_mask_bwd_dkv_kernel[(NKB, B * HK)](
+            q, k, v, dout, lse, delta, *feats, theta, dtheta, above, below, start, mask, tiles[2], tiles[3],
+            dk, dv, dfp, dfs,
+            *strides, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *common, **meta,
+            THRESHOLD_GRAD=threshold_grad, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        dfp, dfs = (_sum_tiles(x.flatten(1, 2), tiles_per_page).unflatten(0, (B, HK)) for x in (dfp, dfs))
+        add_feature_grads(dq, dk, q, k, Features(dfq, dnq, dfp, dfs), **form, valid=valid)
+        dsinks = None
+        if sinks is not None:
+            # d loss / d sink_h = -sum p_sink delta, with p_sink = exp(sink - lse)
+            p_sink = torch.exp2(sinks.float()[None, :, None] * math.log2(math.e) - lse)
+            dsinks = -(p_sink * delta).sum((0, 2)).to(sinks.dtype)
+        return dq, dk, dv, dsinks, None, None
+
+
+def _sum_tiles(x: torch.Tensor, tiles_per_page: int) -> torch.Tensor:
+    """Adds up the parts of pages that are larger than a tile, `[B * HK, NKB, ...]` to `[B * HK, N, ...]`."""
+    if tiles_per_page == 1:
+        return x
+    missing = -x.shape[1] % tiles_per_page
+    x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
+    return x.unflatten(1, (-1, tiles_per_page)).sum(2)

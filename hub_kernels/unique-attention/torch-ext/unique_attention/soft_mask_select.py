@@ -1,0 +1,407 @@
+"""Thresholds of the soft mask and the tiles that it leaves open (Eq. 6). May import torch, triton, `_common` and `soft_mask_*`.
+
+Thresholds. The scores of a block of queries against all pages are recomputed on the tensor cores as often as needed, which is
+cheaper than storing them (256 flop against 4 bytes per score at D = 128). A pass counts, for every query at once, the scores at
+or above 7 values inside its bracket `[low, high)`, with `#(score >= low) > K'` and `#(score >= high) <= K'`; the bracket
+shrinks 8-fold or better until exactly K' scores lie at or above `high`. A last pass finds the smallest score above and the
+largest below. Exact for any values; equal scores on both sides of the cut give that score.
+
+Tiles. A tile is BLOCK_T queries by BLOCK_S keys. It is open when any of its queries has a forced page there, or a page with
+`log g >= log(skip_below)`. Every block of queries gets the ascending list of its open tiles (forward and dq walk it), every
+block of keys its transpose (dk and dv).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Thresholds(NamedTuple):
+    """`theta [B, HK, T]` fp32, -inf where everything is open; page ids `above`, `below` of the K'-th and next best score."""
+
+    theta: torch.Tensor
+    above: torch.Tensor
+    below: torch.Tensor
+
+
+class Tiles(NamedTuple):
+    """Open tiles: per block of queries `rows [B*HK, NQB, NKB]`, `num_rows [B*HK, NQB]`, and the same per block of keys."""
+
+    rows: torch.Tensor
+    num_rows: torch.Tensor
+    columns: torch.Tensor
+    num_columns: torch.Tensor
+
+
+@triton.jit
+def candidate_scores(
+    fq,
+    fp_ptr,
+    fs_ptr,
+    nq,
+    pages,
+    low_page,
+    high_page,
+    mask_n,
+    NUM_FEATURES: tl.constexpr,
+    HAS_SCALAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of pages (any shape `[n]`) by rows `[rows, n]`, and which of them a row may choose."""
+    offs_f = tl.arange(0, NUM_FEATURES)
+    fp = tl.load(fp_ptr + pages[:, None] * NUM_FEATURES + offs_f[None, :], mask=mask_n[:, None], other=0.0)
+    score = tl.dot(fq, tl.trans(fp), input_precision=PRECISION)
+    if HAS_SCALAR:
+        score += nq[:, None] * tl.load(fs_ptr + pages, mask=mask_n, other=0.0)[None, :]
+    free = (pages[None, :] >= low_page[:, None]) & (pages[None, :] < high_page[:, None])
+    return score, free
+
+
+@triton.jit(do_not_specialize=["T", "N", "HK", "num_free", "sink_pages", "recent_pages"])
+def _soft_mask_fwd_threshold_kernel(
+    fq_ptr,
+    nq_ptr,
+    fp_ptr,
+    fs_ptr,
+    start_ptr,
+    theta_ptr,
+    above_ptr,
+    below_ptr,
+    stride_start_b,
+    stride_start_t,
+    T,
+    N,
+    HK,
+    num_free,
+    sink_pages,
+    recent_pages,
+    PAGE_SIZE: tl.constexpr,
+    NUM_FEATURES: tl.constexpr,
+    HAS_SCALAR: tl.constexpr,
+    WITH_IDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (block of queries from the last, b * HK) writes theta of its queries (Eq. 6), and the two pages that set it."""
+    pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    pid_bh = tl.program_id(1).to(tl.int64)
+    offs_t = (pid_t * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < T
+    starts = start_ptr + (pid_bh // HK) * stride_start_b
+    start = tl.load(starts + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
+    low_page = start // PAGE_SIZE + sink_pages
+    high_page = offs_t // PAGE_SIZE - recent_pages + 1
+    choose = mask_t & (high_page - low_page > num_free)  # queries that see more than K pages
+    first = tl.min(tl.where(choose, low_page, N)) // BLOCK_N * BLOCK_N
+    last = tl.max(tl.where(choose, high_page, 0))
+    fp_ptr += pid_bh * N * NUM_FEATURES
+    fs_ptr += pid_bh * N
+    row = pid_bh * T + offs_t
+    offs_f = tl.arange(0, NUM_FEATURES)
+    offs_n = tl.arange(0, BLOCK_N)
+    fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f[None, :], mask=mask_t[:, None], other=0.0)
+    nq = tl.zeros([BLOCK_T], tl.float32)
+    if HAS_SCALAR:
+        nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
+
+    # bracket: all candidates are >= low, none is >= high
+    smallest = tl.full([BLOCK_T, BLOCK_N], float("inf"), tl.float32)
+    largest = tl.full([BLOCK_T, BLOCK_N], float("-inf"), tl.float32)
+    for n in range(first, last, BLOCK_N):
+        score, free = candidate_scores(
+            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, n + offs_n < N, NUM_FEATURES, HAS_SCALAR, PRECISION
+        )
+        smallest = tl.minimum(smallest, tl.where(free, score, float("inf")))
+        largest = tl.maximum(largest, tl.where(free, score, float("-inf")))
+    low = tl.where(choose, tl.min(smallest, axis=1), 0.0)
+    top = tl.where(choose, tl.max(largest, axis=1), 0.0)
+    high = top + tl.maximum(tl.abs(top), 1e-30) * 1e-6
+    count_low = (high_page - low_page).to(tl.float32)
+    count_high = tl.zeros([BLOCK_T], tl.float32)
+    tries = 0
+    going = tl.max(choose.to(tl.int32))
+    while going > 0:
+        # every other pass aims at where evenly spread scores would be cut; the rest cut the bracket into equal parts
+        aim = (count_low - num_free - 0.5) / tl.maximum(count_low - count_high, 1.0)
+        low, high, count_low, count_high = _shrink(
+            low, high, count_low, count_high, aim, tries % 2 == 1, num_free,
+            fq, fp_ptr, fs_ptr, nq, low_page, high_page, first, last, N,
+            NUM_FEATURES, HAS_SCALAR, PRECISION, BLOCK_T, BLOCK_N,
+        )  # fmt: skip
+        tries += 1
+        # fp32 brackets are used up after about 30 halvings; equal scores around the cut end there
+        going = tl.max((choose & (count_high != num_free)).to(tl.int32)) * (tries < 24).to(tl.int32)
+
+    smallest = tl.full([BLOCK_T, BLOCK_N], float("inf"), tl.float32)
+    largest = tl.full([BLOCK_T, BLOCK_N], float("-inf"), tl.float32)
+    page_above = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    page_below = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    for n in range(first, last, BLOCK_N):
+        score, free = candidate_scores(
+            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, n + offs_n < N, NUM_FEATURES, HAS_SCALAR, PRECISION
+        )
+        over = free & (score >= high[:, None]) & (score < smallest)
+        under = free & (score < high[:, None]) & (score > largest)
+        smallest = tl.where(over, score, smallest)
+        largest = tl.where(under, score, largest)
+        if WITH_IDS:
+            page_above = tl.where(over, (n + offs_n)[None, :], page_above)
+            page_below = tl.where(under, (n + offs_n)[None, :], page_below)
+    below = tl.max(largest, axis=1)
+    above = tl.min(smallest, axis=1)
+    tied = count_high != num_free
+    theta = tl.where(choose, tl.where(tied, below, 0.5 * (above + below)), float("-inf"))
+    tl.store(theta_ptr + row, theta, mask=mask_t)
+    if WITH_IDS:
+        id_below = tl.min(tl.where(largest == below[:, None], page_below, N), axis=1)
+        id_above = tl.min(tl.where(smallest == above[:, None], page_above, N), axis=1)
+        id_above = tl.where(tied, id_below, id_above)
+        tl.store(above_ptr + row, tl.where(choose, id_above, 0), mask=mask_t)
+        tl.store(below_ptr + row, tl.where(choose, id_below, 0), mask=mask_t)
+
+
+@triton.jit
+def _shrink(
+    low,
+    high,
+    count_low,
+    count_high,
+    aim,
+    clustered,
+    num_free,
+    fq,
+    fp_ptr,
+    fs_ptr,
+    nq,
+    low_page,
+    high_page,
+    first,
+    last,
+    N,
+    NUM_FEATURES: tl.constexpr,
+    HAS_SCALAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One pass over the scores: brackets and their counts cut at 7 values each."""
+    width = high - low
+    c1, c2, c3, c4, c5, c6, c7 = _cuts(low, width, aim, clustered)
+    # two 16-bit counts per word; one position sees at most N / BLOCK_N pages
+    n12 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n34 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n56 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n7 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    offs_n = tl.arange(0, BLOCK_N)
+    for n in range(first, last, BLOCK_N):
+        score, free = candidate_scores(
+            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, n + offs_n < N, NUM_FEATURES, HAS_SCALAR, PRECISION
+        )
+        score = tl.where(free, score, float("-inf"))
+        n12 += (score >= c1[:, None]).to(tl.int32) + tl.where(score >= c2[:, None], 65536, 0)
+        n34 += (score >= c3[:, None]).to(tl.int32) + tl.where(score >= c4[:, None], 65536, 0)
+        n56 += (score >= c5[:, None]).to(tl.int32) + tl.where(score >= c6[:, None], 65536, 0)
+        n7 += (score >= c7[:, None]).to(tl.int32)
+    new_low, new_high, new_count_low, new_count_high = low, high, count_low, count_high
+    # from the lowest cut up: the last one with more than K' scores is the new low, the first with at most K' the new high
+    new_low, new_count_low = _raise(new_low, new_count_low, c1, tl.sum(n12 & 0xFFFF, axis=1), num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c2, tl.sum(n12 >> 16, axis=1), num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c3, tl.sum(n34 & 0xFFFF, axis=1), num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c4, tl.sum(n34 >> 16, axis=1), num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c5, tl.sum(n56 & 0xFFFF, axis=1), num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c6, tl.sum(n56 >> 16, axis=1), num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c7, tl.sum(n7, axis=1), num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c7, tl.sum(n7, axis=1), num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c6, tl.sum(n56 >> 16, axis=1), num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c5, tl.sum(n56 & 0xFFFF, axis=1), num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c4, tl.sum(n34 >> 16, axis=1), num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c3, tl.sum(n34 & 0xFFFF, axis=1), num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c2, tl.sum(n12 >> 16, axis=1), num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c1, tl.sum(n12 & 0xFFFF, axis=1), num_free)
+    return new_low, new_high, new_count_low, new_count_high
+
+
+@triton.jit
+def _cuts(low, width, aim, clustered):
+    """Seven ascending values inside the bracket: around `aim` (a fraction of it), or evenly spaced."""
+    spread = tl.minimum(aim, 1.0 - aim)
+    c1 = low + width * tl.where(clustered, aim - 0.75 * spread, 0.125)
+    c2 = low + width * tl.where(clustered, aim - 0.3 * spread, 0.25)
+    c3 = low + width * tl.where(clustered, aim - 0.08 * spread, 0.375)
+    c4 = low + width * tl.where(clustered, aim, 0.5)
+    c5 = low + width * tl.where(clustered, aim + 0.08 * spread, 0.625)
+    c6 = low + width * tl.where(clustered, aim + 0.3 * spread, 0.75)
+    c7 = low + width * tl.where(clustered, aim + 0.75 * spread, 0.875)
+    return c1, c2, c3, c4, c5, c6, c7
+
+
+@triton.jit
+def _raise(low, count_low, cut, count, num_free):
+    more = count > num_free
+    return tl.where(more, cut, low), tl.where(more, count.to(tl.float32), count_low)
+
+
+@triton.jit
+def _lower(high, count_high, cut, count, num_free):
+    fewer = count <= num_free
+    return tl.where(fewer, cut, high), tl.where(fewer, count.to(tl.float32), count_high)
+
+
+@triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
+def _soft_mask_fwd_tiles_kernel(
+    fq_ptr,
+    nq_ptr,
+    fp_ptr,
+    fs_ptr,
+    start_ptr,
+    theta_ptr,
+    below_ptr,
+    open_ptr,
+    list_ptr,
+    count_ptr,
+    stride_start_b,
+    stride_start_t,
+    T,
+    N,
+    NQB,
+    NKB,
+    HK,
+    sink_pages,
+    recent_pages,
+    inv_temperature,
+    cut,
+    PAGE_SIZE: tl.constexpr,
+    NUM_FEATURES: tl.constexpr,
+    HAS_SCALAR: tl.constexpr,
+    WITH_IDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Program (block of queries from the last, b * HK) writes the list of its open tiles, and its row of the open map."""
+    pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    pid_bh = tl.program_id(1).to(tl.int64)
+    offs_t = (pid_t * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < T
+    starts = start_ptr + (pid_bh // HK) * stride_start_b
+    start = tl.load(starts + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32) // PAGE_SIZE
+    own = offs_t // PAGE_SIZE
+    low_page = start + sink_pages
+    high_page = own - recent_pages + 1
+    fp_ptr += pid_bh * N * NUM_FEATURES
+    fs_ptr += pid_bh * N
+    row = pid_bh * T + offs_t
+    offs_f = tl.arange(0, NUM_FEATURES)
+    fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f[None, :], mask=mask_t[:, None], other=0.0)
+    theta = tl.load(theta_ptr + row, mask=mask_t, other=float("-inf"))
+    nq = tl.zeros([BLOCK_T], tl.float32)
+    if HAS_SCALAR:
+        nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
+    if WITH_IDS:
+        below = tl.load(below_ptr + row, mask=mask_t, other=-1)
+    # log g >= log(skip_below) is score >= theta + temperature * logit(skip_below): no division by a tiny temperature
+    floor = theta * inv_temperature + cut
+
+    TILES: tl.constexpr = BLOCK_C * CHUNK // BLOCK_S
+    list_ptr += (pid_bh * NQB + pid_t) * NKB
+    open_ptr += (pid_bh * NQB + pid_t) * NKB
+    own_first = (pid_t * BLOCK_T).to(tl.int32) // BLOCK_S  # tiles on the diagonal are always listed
+    last_t = tl.minimum((pid_t * BLOCK_T).to(tl.int32) + BLOCK_T, T) - 1
+    first = tl.minimum(tl.min(tl.where(mask_t, start, N)) * PAGE_SIZE // BLOCK_S, own_first) // TILES * TILES
+    count = 0
+    for tile in range(first, last_t // BLOCK_S + 1, TILES):
+        pages = (tile * BLOCK_S + tl.arange(0, BLOCK_C) * CHUNK) // PAGE_SIZE
+        score, free = candidate_scores(
+            fq, fp_ptr, fs_ptr, nq, pages, low_page, high_page, pages < N, NUM_FEATURES, HAS_SCALAR, PRECISION
+        )
+        seen = (pages[None, :] >= start[:, None]) & (pages[None, :] <= own[:, None]) & mask_t[:, None]
+        is_open = seen & (~free | (theta[:, None] == float("-inf")) | (score * inv_temperature >= floor[:, None]))
+        if WITH_IDS:
+            is_open = is_open | (seen & (pages[None, :] == below[:, None]))
+        any_open = tl.max(tl.reshape(tl.max(is_open.to(tl.int32), axis=0), (TILES, BLOCK_C // TILES)), axis=1)
+        offs_k = tile + tl.arange(0, TILES)
+        any_open = tl.where(offs_k >= own_first, 1, any_open)
+        any_open = tl.where(offs_k * BLOCK_S <= last_t, any_open, 0)
+        tl.store(open_ptr + offs_k, any_open.to(tl.uint8), mask=offs_k < NKB)
+        tl.store(list_ptr + count + tl.cumsum(any_open, axis=0) - 1, offs_k, mask=any_open > 0)
+        count += tl.sum(any_open, axis=0)
+    tl.store(count_ptr + pid_bh * NQB + pid_t, count)
+
+
+@triton.jit(do_not_specialize=["NQB", "NKB"])
+def _soft_mask_fwd_columns_kernel(
+    open_ptr,
+    list_ptr,
+    count_ptr,
+    NQB,
+    NKB,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Program (block of keys, b * HK) writes the ascending list of the blocks of queries for which it is open."""
+    pid_k = tl.program_id(0).to(tl.int64)
+    pid_bh = tl.program_id(1).to(tl.int64)
+    open_ptr += pid_bh * NQB * NKB + pid_k
+    list_ptr += (pid_bh * NKB + pid_k) * NQB
+    first = (pid_k * BLOCK_S).to(tl.int32) // BLOCK_T
+    count = 0
+    for q in range(first, NQB, BLOCK_Q):
+        offs_q = q + tl.arange(0, BLOCK_Q)
+        is_open = tl.load(open_ptr + offs_q.to(tl.int64) * NKB, mask=offs_q < NQB, other=0).to(tl.int32)
+        tl.store(list_ptr + count + tl.cumsum(is_open, axis=0) - 1, offs_q, mask=is_open > 0)
+        count += tl.sum(is_open, axis=0)
+    tl.store(count_ptr + pid_bh * NKB + pid_k, count)
+
+
+def select_tiles(fq, nq, fp, fs, layout, meta: dict, select: dict, threshold_grad: bool) -> tuple[Thresholds, Tiles]:
+    """Thresholds of all queries and the tiles that the soft mask leaves open.
+
+    Equation: theta = (S_(K') + S_(K'+1)) / 2 over the free pages of a query, -inf where it has at most K' (Eq. 6).
+
+    Args:
+        fq (`torch.Tensor`): `[B, HK, T, F]`; nq, fp, fs (`torch.Tensor`): The other features.
+        layout (`Layout`): First valid slots and validity of the rows.
+        meta (`dict`): Compile-time and run-time settings shared by the kernels.
+        select (`dict`): `num_free` K', `cut` (logit of the smallest gate that counts), blocks.
+        threshold_grad (`bool`): Also return the pages that set theta, and keep their tiles open.
+    Returns:
+        `tuple`: [`Thresholds`] and [`Tiles`].
+
+    Numerics: theta is exact for the fp32 scores; deterministic; cost about 8 passes of a T x N x F product.
+    """
+    B, HK, T, F = fq.shape
+    N, device = fp.shape[2], fq.device
+    theta = torch.empty(B, HK, T, dtype=torch.float32, device=device)
+    above, below = (torch.empty((B, HK, T) if threshold_grad else (0,), dtype=torch.int32, device=device) for _ in "ab")
+    pages = dict(
+        PAGE_SIZE=meta["PAGE_SIZE"], NUM_FEATURES=F, HAS_SCALAR=meta["HAS_SCALAR"], WITH_IDS=threshold_grad,
+        PRECISION=meta["PRECISION"],
+    )  # fmt: skip
+    forced = (meta["sink_pages"], meta["recent_pages"])
+    starts = layout.start.stride()
+    block_t = select["BLOCK_T"]
+    _soft_mask_fwd_threshold_kernel[(triton.cdiv(T, block_t), B * HK)](
+        fq, nq, fp, fs, layout.start, theta, above, below, *starts, T, N, HK, select["num_free"], *forced,
+        **pages, BLOCK_T=block_t, BLOCK_N=select["BLOCK_N"], num_warps=select["num_warps"],
+    )  # fmt: skip
+    block_t, block_s = meta["BLOCK_T"], meta["BLOCK_S"]
+    NQB, NKB = triton.cdiv(T, block_t), triton.cdiv(T, block_s)
+    tiles = Tiles(
+        *(torch.empty(B * HK, *shape, dtype=torch.int32, device=device) for shape in ((NQB, NKB), (NQB,), (NKB, NQB), (NKB,)))
+    )
+    is_open = torch.zeros(B * HK, NQB, NKB, dtype=torch.uint8, device=device)
+    _soft_mask_fwd_tiles_kernel[(NQB, B * HK)](
+        fq, nq, fp, fs, layout.start, theta, below, is_open, tiles.rows, tiles.num_rows, *starts, T, N, NQB, NKB, HK,
+        *forced, meta["inv_temperature"], select["cut"],
+        **pages, BLOCK_T=block_t, BLOCK_S=block_s, CHUNK=meta["CHUNK"], BLOCK_C=select["BLOCK_C"], num_warps=4,
+    )  # fmt: skip
+    _soft_mask_fwd_columns_kernel[(NKB, B * HK)](
+        is_open, tiles.columns, tiles.num_columns, NQB, NKB, BLOCK_S=block_s, BLOCK_T=block_t, BLOCK_Q=256, num_warps=1
+    )
+    return Thresholds(theta, above, below), tiles
