@@ -22,7 +22,7 @@ LAYERS = {
     },
     "recipes/": {
         "recipes", "unique_hf", "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy",
-        "trl", "datasets", "accelerate", "peft", "matplotlib", "yaml",
+        "trl", "datasets", "accelerate", "peft", "matplotlib", "yaml", "jinja2",
     },
 }  # fmt: skip
 
@@ -117,14 +117,6 @@ def test_reference_and_kernels_do_not_import_each_other():
     assert seen >= 2
 
 
-def test_triton_is_imported_inside_functions_of_host_modules():
-    for path in sorted(KERNEL.rglob("*.py")):
-        tree = parse(path.relative_to(ROOT).as_posix())
-        if not any(jit_functions(tree)) and path.name != "_common.py":
-            top = [absolute for node, absolute, _ in imports(tree) if node in tree.body]
-            assert not [m for m in top if m.split(".")[0] == "triton"], f"{path.name} imports triton at module level"
-
-
 @pytest.mark.parametrize("name", [n for n in PYTHON if n.startswith(("unique_hf/", "hub_kernels/"))])
 def test_environment_is_read_in_one_place(name):
     source = (ROOT / name).read_text()
@@ -212,5 +204,6 @@ def test_unknown_public_name_is_an_attribute_error():
 
 
 def test_ruff_is_clean():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-40:])
