@@ -1,4 +1,4 @@
-"""Which layers will run sparse, and why the others will not. May import torch, Transformers and the kernel's adapter."""
+"""Which layers will run sparse, and why the others will not. Imports torch, Transformers and the kernel's adapter."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check(model: PreTrainedModel, **inputs: Any) -> CheckResult:
 
     Args:
         model (`PreTrainedModel`): The model, loaded or switched to `attn_implementation="unique"`.
-        **inputs: Inputs of the model's forward for a short prompt, where `input_ids` alone does not do (pixels, audio).
+        **inputs: Inputs of the model's forward for a short prompt, where `input_ids` alone does not do (pixels, say).
     Returns:
         `CheckResult`: One line per attention module.
     Raises:
@@ -92,8 +92,8 @@ def check(model: PreTrainedModel, **inputs: Any) -> CheckResult:
     if not result.sparse_layers:
         reasons = "; ".join(sorted({layer.reason for layer in layers})) or "it has no attention layers"
         warnings.warn(
-            f"unique attention will not run sparse in {type(model).__name__}: {reasons}. The model answers as with its own "
-            "attention, and no faster",
+            f"unique attention will not run sparse in {type(model).__name__}: {reasons}. The model answers as with its "
+            "own attention, and no faster",
             stacklevel=2,
         )
     return result
@@ -135,8 +135,8 @@ def _probe(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[torch.nn.Modu
                 model(**step, past_key_values=cache, use_cache=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(
-            f"expected {type(model).__name__} to run on {sorted(inputs)}, got {type(error).__name__}: {error}. Pass inputs for a "
-            "short prompt, e.g. check(model, input_ids=..., pixel_values=...)"
+            f"expected {type(model).__name__} to run on {sorted(inputs)}, got {type(error).__name__}: {error}. Pass "
+            "inputs for a short prompt, e.g. check(model, input_ids=..., pixel_values=...)"
         ) from error
     finally:
         for module in training:

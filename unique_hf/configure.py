@@ -33,8 +33,8 @@ def text_config(model: Any) -> Any:
 def configure(model: PreTrainedModel, **settings: Any) -> Any:
     """Change settings of UNIQUE attention; they take effect at the next call, also on a cache that is in use.
 
-    The settings go to `config.get_text_config().unique_attention` and travel with `save_pretrained`. Another `page_size`
-    does not fit the pages of a cache in use: the next call on it raises and says so.
+    The settings go to `config.get_text_config().unique_attention` and travel with `save_pretrained`. Another
+    `page_size` does not fit the pages of a cache in use: the next call on it raises and says so.
 
     Args:
         model (`PreTrainedModel`): The model.

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from .backend import adapter
 from .table import render
 
-COLUMNS = ("sparse_rows", "dense_rows", "prompt_rows", "soft_rows", "pages_read", "pages_present", "bytes_read", "bytes_dense")
+COLUMNS = (
+    "sparse_rows", "dense_rows", "prompt_rows", "soft_rows", "pages_read", "pages_present", "bytes_read", "bytes_dense",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class LayerReport:
         pages_present (`int`): Pages there were.
         bytes_read (`int`): Bytes of keys, values and page statistics that decoded tokens read.
         bytes_dense (`int`): Bytes of keys and values that dense attention would have read.
-        recall (`float`, *optional*): Mean share of the true attention mass on the kept pages, over sparse rows; measured only
-            with `UniqueConfig.measure_recall`.
+        recall (`float`, *optional*): Mean share of the true attention mass on the kept pages, over sparse rows;
+            measured only with `UniqueConfig.measure_recall`.
         reasons (`dict`): Decoded tokens by reason of their mode.
     """
 

@@ -18,10 +18,8 @@ def render(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(header, *texts)]
     right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
     lines = [list(header), ["-" * width for width in widths], *texts]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if flag else cell.ljust(width) for cell, width, flag in zip(line, widths, right)).rstrip()
-        for line in lines
-    )
+    pad = [str.rjust if flag else str.ljust for flag in right]
+    return "\n".join("  ".join(p(c, w) for p, c, w in zip(pad, line, widths)).rstrip() for line in lines)
 
 
 def _text(cell: object) -> str:

@@ -62,8 +62,8 @@ def unique_attention_forward(
     mode = decide(module, query, key, layer, attention_mask, {**kwargs, "is_causal": is_causal, "dropout": dropout})
     if mode.kind != DENSE and kwargs.get("output_attentions"):
         raise ValueError(
-            "attn_implementation='unique' has no attention weights to return: load the model with attn_implementation='eager' "
-            "for `output_attentions`"
+            "attn_implementation='unique' has no attention weights to return: for `output_attentions` load the model "
+            "with attn_implementation='eager'"
         )
     facts = facts_of(attention_mask, query.shape[0]) if mode.kind != DENSE else None
     if mode.kind == SOFT:
@@ -128,7 +128,7 @@ def _refresh(key, num_new: int, facts: MaskFacts | None, layer) -> tuple[ops.Pag
 
 
 def isinstance_static(layer: UniqueDynamicLayer | UniqueStaticLayer) -> bool:
-    """Whether a layer has a fixed capacity; by attribute, since the layer may come from another copy of this package."""
+    """Whether a layer has a fixed capacity; by attribute, since it may come from another copy of this package."""
     return hasattr(layer, "max_cache_len")
 
 
@@ -159,8 +159,8 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise RuntimeError(
-            "sparse decode has no gradient: run decode steps under torch.no_grad(), or train on whole sequences (T > 1), "
-            "where the soft mask is used"
+            "sparse decode has no gradient: run decode steps under torch.no_grad(), or train on whole sequences, where "
+            "the soft mask is used"
         )
 
 
@@ -281,6 +281,6 @@ def _refuse_sequence_parallelism() -> None:
     for registered in (ALL_ATTENTION_FUNCTIONS.get("unique"), ALL_ATTENTION_FUNCTIONS.get("sdpa")):
         if (getattr(registered, "__module__", None) or "").split(".")[0] == "deepspeed":
             raise NotImplementedError(
-                "expected whole sequences, got DeepSpeed's sequence parallelism around the attention function: page scores need "
-                "all tokens of a row. Set sp_size=1, or train with attn_implementation='sdpa'"
+                "expected whole sequences, got DeepSpeed's sequence parallelism around the attention function: page "
+                "scores need all tokens of a row. Set sp_size=1, or train with attn_implementation='sdpa'"
             )

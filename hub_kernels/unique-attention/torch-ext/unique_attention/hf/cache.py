@@ -1,7 +1,7 @@
 """Cache layers that keep page statistics beside the keys, and the explicit `UniqueCache`. May import Transformers.
 
-The layers replace the stock full-attention ones of `DynamicCache(config=...)` and `StaticCache(config=...)`. They are dormant,
-that is exactly their parents, until the unique attention function wakes them.
+The layers replace the stock full-attention ones of `DynamicCache(config=...)` and `StaticCache(config=...)`. They are
+dormant, that is exactly their parents, until the unique attention function wakes them.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def layer_of(key: torch.Tensor, value: torch.Tensor) -> UniqueDynamicLayer | Uni
 class UniqueDynamicLayer(DynamicLayer):
     """A growing cache layer with page statistics.
 
-    Awake, keys and values live in buffers of whole pages with spare room (at most 1/32 of the length, or 256 tokens), and
-    `keys` / `values` are views of the slots in use. Under grad the parent's concatenation is used.
+    Awake, keys and values live in buffers of whole pages with spare room (at most 1/32 of the length, or 256 tokens),
+    and `keys` / `values` are views of the slots in use. Under grad the parent's concatenation is used.
 
     Args:
-        settings (`UniqueConfig`, *optional*): Wake the layer at once; by default it sleeps until unique attention reads it.
+        settings (`UniqueConfig`, *optional*): Wake the layer at once; by default it sleeps until unique attention
+            reads it.
     """
 
     def __init__(self, settings: UniqueConfig | None = None, **kwargs: Any):
@@ -87,8 +88,9 @@ class UniqueDynamicLayer(DynamicLayer):
             shape, expected = list(new.shape), [*old.shape[:2], new.shape[2], old.shape[3]]
             if shape != expected or new.dtype != old.dtype:
                 raise ValueError(
-                    f"expected new {name} of shape {expected} and {old.dtype} to follow the cached ones, got {shape} and "
-                    f"{new.dtype}: this cache belongs to another model or batch; start a new one (past_key_values=None)"
+                    f"expected new {name} of shape {expected} and {old.dtype} to follow the cached ones, got {shape} "
+                    f"and {new.dtype}: this cache belongs to another model or batch; start a new one "
+                    "(past_key_values=None)"
                 )
 
     def _owns_buffers(self) -> bool:
@@ -131,12 +133,12 @@ class UniqueDynamicLayer(DynamicLayer):
     def enter_fixed(self, seq_lens: torch.Tensor, capacity: int) -> None:
         """Freeze shapes and addresses for a captured decode step.
 
-        From here `update` writes to slots `seq_lens - T .. seq_lens - 1`, returns the whole buffers, and no length is read on
-        the host. The statistics must be current, that is a decode or prefill call must have run on this layer.
+        From here `update` writes to slots `seq_lens - T .. seq_lens - 1`, returns the whole buffers, and no length is
+        read on the host. A prefill or decode call must have run on this layer before.
 
         Args:
-            seq_lens (`torch.Tensor`): `[B]`, device; slots in use, the tokens of the coming step included. Owned and advanced
-                by the caller, shared by all layers.
+            seq_lens (`torch.Tensor`): `[B]`, device; slots in use, the tokens of the coming step included. Owned and
+                advanced by the caller, shared by all layers.
             capacity (`int`): Slots to provide.
         Raises:
             ValueError: The layer is asleep, empty, or longer than `capacity`.
@@ -305,9 +307,9 @@ class UniqueCache(DynamicCache):
     """The cache of unique attention made by hand, for `past_key_values=`; `generate` makes the same one by itself.
 
     Args:
-        config (`PreTrainedConfig`): The model's configuration, with the settings in `config.get_text_config().unique_attention`.
+        config (`PreTrainedConfig`): The model's configuration, with the settings in
+            `config.get_text_config().unique_attention`.
         offloading (`bool`, *optional*, defaults to `False`): Keep keys and values on the CPU between uses.
-        **settings: Settings of [`UniqueConfig`] that override those of the configuration for waking the layers.
     Raises:
         TypeError: `config` is not a model configuration.
     """
@@ -315,7 +317,8 @@ class UniqueCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig, offloading: bool = False):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(
-                f"expected the model's configuration, got {type(config).__name__}: write UniqueCache(config=model.config)"
+                f"expected the model's configuration, got {type(config).__name__}: "
+                "write UniqueCache(config=model.config)"
             )
         super().__init__(config=config, offloading=offloading)
         settings = settings_of(config)
@@ -329,7 +332,7 @@ class UniqueCache(DynamicCache):
         """As the parent's; a layer index beyond the configuration is a clear error."""
         if layer_idx >= len(self.layers):
             raise ValueError(
-                f"expected a layer index below {len(self.layers)}, got {layer_idx}: this cache was made for another model; "
-                "write UniqueCache(config=model.config) with the configuration of the model that runs"
+                f"expected a layer index below {len(self.layers)}, got {layer_idx}: this cache was made for another "
+                "model; write UniqueCache(config=model.config) with the configuration of the model that runs"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

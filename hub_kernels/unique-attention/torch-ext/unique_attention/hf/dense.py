@@ -65,7 +65,7 @@ def dense_attention(
         )[0]
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError(
-            "position_bias together with softcap or sinks is not supported by attn_implementation='unique': use 'eager'"
+            "attn_implementation='unique' has no position_bias together with softcap or sinks: use 'eager'"
         )
     return _eager(query, key, value, attention_mask, causal, scaling, dropout, softcap, s_aux)
 
@@ -114,7 +114,8 @@ def _block(query, key, value, mask, first, scaling, dropout, softcap, sinks) -> 
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         # like Transformers' own masks: the least finite number keeps a fully masked row finite
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
     elif first is not None:
         rows = torch.arange(first, first + length, device=query.device)
         hidden = rows[:, None] < torch.arange(kv_length, device=query.device)

@@ -1,7 +1,7 @@
 """The mask function registered as "unique", and what the attention function reads off a mask. May import Transformers.
 
-Masks are sdpa's, with two differences: a decode step (`T == 1`) never reads the padding on the host, and a long chunk on a warm
-cache without padding gets the zero-size `LOWER_RIGHT` marker in place of a `T x S` mask.
+Masks are sdpa's, with two differences: a decode step (`T == 1`) never reads the padding on the host, and a long chunk on
+a warm cache without padding gets a zero-size marker in place of a `T x S` mask.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def unique_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask of attn_implementation="unique": sdpa's boolean `[B, 1, T, S]`, or `None` where plain causal attention is meant.
+    """The mask of attn_implementation="unique": sdpa's boolean `[B, 1, T, S]`, or `None` for plain causal attention.
 
     Args:
         batch_size (`int`): B.
@@ -76,7 +76,7 @@ def unique_mask(
     Returns:
         `torch.Tensor` or `None`: The mask; zero-size for "causal, aligned to the last key, no padding".
 
-    Numerics: no host sync for `T == 1`; at most one per forward otherwise, and no `T x S` tensor where nothing is padded.
+    Numerics: no host sync for `T == 1`; few per forward otherwise, and no `T x S` tensor where nothing is padded.
     """
     sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     sizes.update(q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, local_size=local_size)

@@ -1,4 +1,7 @@
-"""Which path a call of the attention function takes, and why: one decision for attention, check and report. Imports torch only."""
+"""Which path a call of the attention function takes, and why: one decision for attention, check and report.
+
+Imports torch only.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ class Mode(NamedTuple):
     """A path and its reason.
 
     Args:
-        kind (`str`): `"sparse"` (decode over kept pages), `"prefill"` (exact, statistics updated), `"soft"` (training) or
-            `"dense"` (exact, as sdpa or eager would).
+        kind (`str`): `"sparse"` (decode over kept pages), `"prefill"` (exact, statistics updated), `"soft"` (training)
+            or `"dense"` (exact, as sdpa or eager would).
         reason (`str`): For people, in `check` and `report`.
         fallback (`bool`): Dense where a user could expect sparse attention; logged once.
     """

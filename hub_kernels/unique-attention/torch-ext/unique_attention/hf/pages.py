@@ -1,4 +1,4 @@
-"""What a cache layer knows beside keys and values: settings, page statistics, padding. May import torch and `..ops`."""
+"""What a cache layer knows beside keys and values: settings, page statistics, padding. Imports torch and `..ops`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from .. import ops
 from ..settings import UniqueConfig
 
-# spare room of a growing buffer: one part in GROWTH of its length, at least MIN_SPARE tokens. 1/32 keeps the memory over
-# the bare cache at 3 %, and copies 32 tokens per appended one: little beside the `budget` tokens that each step reads
+# spare room of a growing buffer: one part in GROWTH of its length, at least MIN_SPARE tokens. 1/32 keeps the memory
+# over the bare cache at 3 %, and copies 32 tokens per appended one: little beside the `budget` tokens each step reads
 GROWTH = 32
 MIN_SPARE = 256
 
 
 def spare_capacity(length: int, page_size: int) -> int:
-    """Slots to reserve for `length` tokens: whole pages with room to grow (amortised, at most 1/32 or 256 tokens over).
+    """Slots to reserve for `length` tokens: whole pages with room to grow, 1/32 of the length or 256 tokens.
 
     Args:
         length (`int`): Tokens that must fit.
@@ -43,8 +43,8 @@ def map_rows(tensor: torch.Tensor, select: Callable[[torch.Tensor], torch.Tensor
 class PageIndex:
     """Page statistics of one cache layer, kept up to date lazily from the cached keys.
 
-    `settings` is `None` while the layer is dormant. `covered` tokens have current statistics; whatever shortens or replaces
-    the keys lowers it, and the next `refresh` recomputes the pages beyond it.
+    `settings` is `None` while the layer is dormant. `covered` tokens have current statistics; whatever shortens or
+    replaces the keys lowers it, and the next `refresh` recomputes the pages beyond it.
     """
 
     def __init__(self):
@@ -69,7 +69,7 @@ class PageIndex:
         if self.built_with is not None and key != self.built_with:
             if key[0] != self.built_with[0]:
                 raise ValueError(
-                    f"this cache was filled with page_size={self.built_with[0]}, and the model now asks for page_size={key[0]}: "
+                    f"expected page_size={self.built_with[0]}, with which this cache was filled, got page_size={key[0]}: "
                     "start a new cache (past_key_values=None), or configure the model back to the cache's page size"
                 )
             # another score or storage needs other numbers per page; they are recomputed from the cached keys
@@ -109,7 +109,9 @@ class PageIndex:
         """Views of the statistics of the first `num_pages` pages."""
         return ops.PageStats(*(None if tensor is None else tensor[:, :, :num_pages] for tensor in self.stats))
 
-    def refresh(self, keys: torch.Tensor, token_mask: torch.Tensor | None, seq_starts: torch.Tensor | None) -> ops.PageStats:
+    def refresh(
+        self, keys: torch.Tensor, token_mask: torch.Tensor | None, seq_starts: torch.Tensor | None
+    ) -> ops.PageStats:
         """Bring the statistics up to date with `keys` and return those of its pages.
 
         Args:
@@ -140,7 +142,7 @@ class PageIndex:
     def select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Carry the statistics and the padding along when the rows of the cache are reordered, repeated or dropped."""
         if self.stats is not None:
-            self.stats = ops.PageStats(*(None if tensor is None else map_rows(tensor, select) for tensor in self.stats))
+            self.stats = ops.PageStats(*(None if t is None else map_rows(t, select) for t in self.stats))
         if self.seq_starts is not None:
             self.seq_starts = select(self.seq_starts)
         if self.starts_host is not None and self.seq_starts is not None:

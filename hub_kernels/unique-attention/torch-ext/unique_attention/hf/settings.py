@@ -35,7 +35,8 @@ def settings_of(config: Any) -> UniqueConfig:
         return values
     if not isinstance(values, dict):
         raise TypeError(
-            f"expected `config.{ATTRIBUTE}` to be a dict of settings, got {type(values).__name__}: use unique_hf.configure(model, ...)"
+            f"expected `config.{ATTRIBUTE}` to be a dict of settings, got {type(values).__name__}: "
+            "use unique_hf.configure(model, ...)"
         )
     try:
         return _parse(tuple(values.items()))
