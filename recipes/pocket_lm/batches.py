@@ -13,7 +13,6 @@ import numpy as np
 
 from recipes.pocket_lm import facts
 
-
 KIND_NAMES = ("none", "text", "repeat", "mqar", "fact", "rest")
 NONE, TEXT, REPEAT, MQAR, FIRST, REST = range(6)
 END_ID = 0
@@ -56,7 +55,7 @@ class Batches:
         self.symbols = np.random.default_rng(7).permutation(np.arange(1, tokenizer.get_vocab_size())).astype(np.int32)
 
     def build(self, spec, seed):
-        """`(ids, kinds)`, int32 and uint8, `[rows, length + 1]`; `kinds[:, t]` tells what predicting `ids[:, t]` is worth."""
+        """`(ids, kinds)`, int32 and uint8, `[rows, length + 1]`; `kinds[:, t]` is the kind of target `ids[:, t]`."""
         rng = np.random.default_rng(seed)
         names = sorted(name for name in spec.mix if spec.mix[name] > 0)
         weights = np.array([spec.mix[name] for name in names])

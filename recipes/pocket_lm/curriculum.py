@@ -1,8 +1,8 @@
 """The curriculum: what is learnt in which order, and when to go on.
 
 Retrieval circuits form on short rows with few symbols and are then stretched: alphabet, key and answer length, word
-lists, sentence forms, text, length. A stage ends when its gates pass, or at its deadline (a share of the whole training
-time), so that no stage can stall the run. The last stage lasts to the end.
+lists, sentence forms, text, length. A stage ends when its gates pass, or at its deadline (a share of the whole
+training time), so that no stage can stall the run. The last stage lasts to the end.
 """
 
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ def h200():
     for i, size in enumerate(sizes):
         stages.append(
             Stage(
-                f"symbols {size}", 64, symbols, 0.14 + 0.10 * i / (len(sizes) - 1), {"repeat": 0.6, "mqar": 0.8},
+                f"symbols {size}", 64, symbols, 0.22 + 0.04 * i / (len(sizes) - 1), {"repeat": 0.6, "mqar": 0.8},
                 alphabet=size, min_steps=30 if size < 400 else 20,
             )
         )  # fmt: skip

@@ -18,7 +18,6 @@ import torch
 from recipes.pocket_lm import text
 from recipes.pocket_lm.facts import make_haystack
 
-
 ANSWER_TOKENS = 12
 
 
@@ -57,11 +56,12 @@ def answer_questions(model, haystack, feed="chunk", batch=64):
 def _continue(model, cache, ids, feed):
     for chunk in ids.split(1, dim=1) if feed == "decode" else [ids]:
         logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    tokens = []
+    tokens, end = [], model.config.eos_token_id
     for _ in range(ANSWER_TOKENS):
         tokens.append(logits[:, -1].argmax(-1, keepdim=True))
+        if bool((torch.cat(tokens, dim=1) == end).any(dim=1).all()):
+            break
         logits = model(tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    end = model.config.eos_token_id
     return [row[: row.index(end)] if end in row else row for row in torch.cat(tokens, dim=1).tolist()]
 
 
@@ -76,7 +76,7 @@ def retrieval(model, tokenizer, lengths, contexts=2, num_facts=48, split="test",
     for length in lengths:
         start, right, wrong, distractors = time.monotonic(), [], [], 0
         for index in range(contexts):
-            count = min(num_facts, max(1, length // 256))
+            count = min(num_facts, max(1, length // 128))
             haystack = make_haystack(tokenizer, source, length, count, seed + index, split)
             distractors += haystack.num_distractors
             for fact, ids in zip(haystack.facts, answer_questions(model, haystack, feed, batch)):

@@ -12,37 +12,37 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
-
 SPLITS = ("train", "validation", "test")
 
 ADJECTIVES = (
-    "northern old red upper royal quiet golden wooden southern new blue lower public hidden silver iron eastern modern "
-    "green inner national busy copper marble western ancient white outer private lonely crystal granite central little "
-    "black distant municipal frozen amber narrow grand tall grey broad humble sunny scarlet windy famous haunted "
-    "floating misty crimson rocky violet dusty"
+    "northern old red upper royal quiet golden wooden southern new blue lower public hidden silver iron eastern "
+    "modern green inner national busy copper marble western ancient white outer private lonely crystal granite "
+    "central little black distant municipal frozen amber narrow grand tall grey broad humble sunny scarlet windy "
+    "famous haunted floating misty crimson rocky violet dusty"
 ).split()
 NOUNS = (
-    "library harbour station museum garden bridge tower castle hospital school bakery theatre market factory warehouse "
-    "laboratory office hotel cathedral airport lighthouse stadium workshop mill farm vineyard quarry mine observatory "
-    "aquarium palace temple chapel monastery prison depot garage shipyard pier ferry canal reservoir dam windmill "
-    "greenhouse orchard archive gallery studio cinema arena pavilion clinic pharmacy brewery tavern kitchen cellar attic "
-    "courtyard fountain monument cemetery village forest valley island glacier desert canyon meadow river lake mountain "
-    "volcano cave beach cliff swamp lagoon"
+    "library harbour station museum garden bridge tower castle hospital school bakery theatre market factory "
+    "warehouse laboratory office hotel cathedral airport lighthouse stadium workshop mill farm vineyard quarry "
+    "mine observatory aquarium palace temple chapel monastery prison depot garage shipyard pier ferry canal "
+    "reservoir dam windmill greenhouse orchard archive gallery studio cinema arena pavilion clinic pharmacy "
+    "brewery tavern kitchen cellar attic courtyard fountain monument cemetery village forest valley island "
+    "glacier desert canyon meadow river lake mountain volcano cave beach cliff swamp lagoon"
 ).split()
 NUMBER_ATTRIBUTES = tuple(
-    "access code|phone number|serial number|locker number|alarm code|invoice number|room number|gate code|ticket number|"
-    "postal code|account number|badge number|security code|catalogue number|registration number|vault code|parcel number|"
-    "licence number|door code|order number|customer number|flight number|batch number|shelf number|file number|"
-    "bank code|contract number|permit number|reference number|case number|member count|visitor count|meter reading|"
-    "radio frequency|inventory number|tax number|storage code|docket number|annual budget|safe combination".split("|")
+    "access code|phone number|serial number|locker number|alarm code|invoice number|room number|gate code|"
+    "ticket number|postal code|account number|badge number|security code|catalogue number|registration number|"
+    "vault code|parcel number|licence number|door code|order number|customer number|flight number|batch number|"
+    "shelf number|file number|bank code|contract number|permit number|reference number|case number|member count|"
+    "visitor count|meter reading|radio frequency|inventory number|tax number|storage code|docket number|"
+    "annual budget|safe combination".split("|")
 )
 COLOURS = (
-    "red blue green yellow purple orange brown pink turquoise ivory magenta indigo olive maroon beige lilac teal coral "
-    "charcoal lavender"
+    "red blue green yellow purple orange brown pink turquoise ivory magenta indigo olive maroon beige lilac teal "
+    "coral charcoal lavender"
 ).split()
 ANIMALS = (
-    "falcon otter badger heron lynx tiger walrus panda beaver raven dolphin giraffe hedgehog camel eagle lobster monkey "
-    "penguin rabbit salmon spider turtle wolf zebra bison cobra donkey ferret gecko jaguar"
+    "falcon otter badger heron lynx tiger walrus panda beaver raven dolphin giraffe hedgehog camel eagle lobster "
+    "monkey penguin rabbit salmon spider turtle wolf zebra bison cobra donkey ferret gecko jaguar"
 ).split()
 FLOWERS = (
     "rose tulip daisy lily orchid poppy violet iris jasmine lotus peony sunflower marigold thistle heather".split()
@@ -206,7 +206,7 @@ class FactSampler:
         raise ValueError(f"level {self.level} has no unused facts left after {len(self.seen)}: raise `vocabulary`")
 
     def near_duplicate(self, attribute, parts):
-        """A fact that shares all but one word (attribute, first or second part) with the given one; `None` if unlucky."""
+        """A fact that differs in the attribute or one part of the subject only; `None` if none was found."""
         for _ in range(50):
             kind, first, second = parts
             where = self.rng.randrange(3)

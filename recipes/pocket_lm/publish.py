@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from recipes.pocket_lm import tokenizer as tokenizers
 from recipes.pocket_lm.evaluate import bits_per_byte, retrieval
 
-
 HERE = Path(__file__).parent
 
 
@@ -28,7 +27,7 @@ def save(model, out, facts, lengths, contexts, device, dtype=torch.bfloat16):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out.mkdir(parents=True, exist_ok=True)
-    model.to_transformers(dtype).save_pretrained(out, max_shard_size="12MB")
+    model.to_transformers(dtype).save_pretrained(out, max_shard_size="14MB")
     tokenizers.save_tokenizer(tokenizers.load_tokenizer(), out, model.shape.max_position_embeddings)
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")  # nothing is lost if the evaluation fails
     on_gpu = device.type == "cuda"

@@ -1,8 +1,8 @@
 """English text that every machine with Python already has, in a fixed order; stdlib only.
 
 Sources: `pydoc_data.topics`, the docstrings of the standard library and of installed packages, package descriptions
-(METADATA), files of /usr/share/doc and some Python source. About half of `pydoc_data.topics` (by a hash of the topic's
-name) is held out: it is the text of the demo and of the validation, and is never trained on.
+(METADATA), files of /usr/share/doc and some Python source. About half of the topics of `pydoc_data.topics`, chosen by
+a hash of the name (two thirds of its text), are held out: they are the text of the demo and of every evaluation.
 """
 
 import gzip
@@ -11,7 +11,6 @@ import re
 import sysconfig
 import zlib
 from pathlib import Path
-
 
 _DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 _MAX_FILE = 1 << 20
@@ -42,20 +41,23 @@ def _dedent(block):
     return "\n".join([lines[0].strip(), *(line[margin:].rstrip() for line in lines[1:])]).strip()
 
 
+def _packages():
+    return Path(importlib.util.find_spec("tokenizers").origin).parents[1]
+
+
 def _python_sources():
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     held_out = Path(importlib.util.find_spec("pydoc_data.topics").origin).resolve()
     for path in sorted(stdlib.rglob("*.py")):
-        if "site-packages" not in path.parts and path.resolve() != held_out and "test" not in path.parts:
+        if not {"site-packages", "dist-packages", "test"} & set(path.parts) and path.resolve() != held_out:
             yield path, True
-    for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
+    for path in sorted(_packages().rglob("*.py")):
         yield path, False
 
 
 def _documents(doc_dir):
     yield topics(held_out=False)
-    packages = Path(sysconfig.get_paths()["purelib"])
-    for path in sorted(packages.glob("*.dist-info/METADATA")):
+    for path in sorted(_packages().glob("*.dist-info/METADATA")):
         yield _read(path).partition("\n\n")[2]
     for path, is_stdlib in _python_sources():
         source = _read(path)

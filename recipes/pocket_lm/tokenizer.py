@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from recipes.pocket_lm import facts
 from recipes.pocket_lm.text import collect_text
 
-
 FOLDER = Path(__file__).parent / "tokenizer"
 END = "<|endoftext|>"
 VOCAB_SIZE = 4096

@@ -26,17 +26,16 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.pocket_lm import curriculum, publish
-from recipes.pocket_lm.batches import END_ID, KIND_NAMES, NONE, TEXT, Batches
+from recipes.pocket_lm.batches import END_ID, KIND_NAMES, TEXT, Batches
 from recipes.pocket_lm.model import BatchedMuon, PocketLM, Shape
 from recipes.pocket_lm.text import collect_text
 from recipes.pocket_lm.tokenizer import load_tokenizer
-
 
 PROCESS_START = time.monotonic()
 KIND_WEIGHTS = (0.0, None, 0.5, 1.0, 1.0, 0.5)  # as KIND_NAMES; that of text is the stage's
 PRESETS = {
     "h200": {"stages": curriculum.h200, "shape": Shape(), "tokens": 131072, "minutes": 8.0, "text": 64 << 20,
-             "workers": 13, "lengths": [1024, 4096, 8192, 16384, 32768], "contexts": 8, "warmup": 20},
+             "workers": 13, "lengths": [1024, 4096, 8192, 16384, 32768], "contexts": 4, "warmup": 20},
     "smoke": {"stages": curriculum.smoke, "tokens": 1024, "minutes": 0.15, "text": 1 << 20, "workers": 1,
               "lengths": [512], "contexts": 1, "warmup": 2,
               "shape": Shape(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -64,7 +63,7 @@ def _build(spec, seed):
 
 
 class Loader:
-    """Batches built ahead by worker processes, which must be forked before CUDA starts; a pure function of the step."""
+    """Batches built ahead by worker processes, forked before CUDA starts; a pure function of the step."""
 
     def __init__(self, batches, workers, tokens, seed):
         self.tokens, self.seed, self.ahead = tokens, seed, 2 * workers + 1
@@ -102,7 +101,7 @@ def fastest_backend(length, shape, tokens):
             for h in heads
         ]
         try:
-            for repeat in range(3):
+            for _ in range(3):
                 inputs = [leaf.detach().requires_grad_() for leaf in leaves]
                 torch.cuda.synchronize()
                 start = time.perf_counter()
@@ -135,15 +134,14 @@ def losses(logits, targets, kinds, text_weight):
     weights = torch.tensor([text_weight if w is None else w for w in KIND_WEIGHTS], device=logits.device)
     flat = kinds.flatten().long()
     values = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    counts = torch.bincount(flat, minlength=len(KIND_NAMES)).float()
+    members = F.one_hot(flat, len(KIND_NAMES)).float()
+    counts = members.sum(0)
     present = (counts > 0) & (weights > 0)
     per_token = torch.where(present, weights / counts.clamp(min=1), 0.0)[flat]
     loss = (values * per_token).sum() / (weights * present).sum()
     with torch.no_grad():
         hits = (logits.argmax(-1) == targets).flatten().float()
-        sums = torch.zeros(2, len(KIND_NAMES), device=logits.device)
-        sums[0].index_add_(0, flat, values.detach())
-        sums[1].index_add_(0, flat, hits)
+        sums = torch.stack([values.detach(), hits]) @ members
     return loss, sums / counts
 
 
@@ -181,6 +179,13 @@ class Trainer:
         self._load_weights(state)
         for key in ("step", "stage_index", "stage_step", "elapsed", "damping", "log"):
             setattr(self, key, state[key])
+
+    def start_from(self, folder):
+        """Takes over exported weights and goes straight to the last stage."""
+        from transformers import AutoModelForCausalLM
+
+        self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder).float().model.state_dict())
+        self.stage_index = len(self.stages) - 1
 
     def _load_weights(self, state):
         self.model.load_state_dict(state["model"])
@@ -305,6 +310,7 @@ def parse_args():
     parser.add_argument("--minutes", type=float, help="training time over all calls; sets the schedule")
     parser.add_argument("--call-minutes", type=float, default=1e9, help="this call saves and ends by then")
     parser.add_argument("--resume", action="store_true", help="continue from --state")
+    parser.add_argument("--init", type=Path, help="start the last stage from the weights of an earlier --out")
     parser.add_argument("--pack", action="store_true", help="put everything but the shards into OUT/meta.tar")
     parser.add_argument("--workers", type=int, help="processes that build batches")
     parser.add_argument("--seed", type=int, default=0)
@@ -329,14 +335,16 @@ def main():
     trainer = Trainer(args, preset, loader, device)
     if args.resume:
         trainer.load(torch.load(saved, map_location=device, weights_only=False))
+    elif args.init:
+        trainer.start_from(args.init)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
         f"{parameters / 1e6:.2f} M parameters, {len(ids) / 1e6:.1f} M text tokens, set up in "
         f"{time.monotonic() - PROCESS_START:.0f} s",
         flush=True,
     )
-    # a minute is kept for export and evaluation
-    trainer.run(preset["minutes"] * 60, PROCESS_START + args.call_minutes * 60 - 60)
+    # the rest of the call is for export and evaluation
+    trainer.run(preset["minutes"] * 60, PROCESS_START + args.call_minutes * 60 - 75)
     loader.pool.shutdown(cancel_futures=True)
     facts = {
         "preset": args.preset,
