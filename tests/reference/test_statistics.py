@@ -244,6 +244,18 @@ def test_appending_through_a_page_table_equals_contiguous_and_spares_idle_rows()
         assert torch.equal(after[idle], old[idle])
 
 
+@pytest.mark.parametrize("table", [None, torch.tensor([[2, 0]], dtype=torch.int32)])
+def test_appending_past_the_capacity_is_refused(table):
+    cache = torch.randn(1, 1, 8, 4) if table is None else torch.randn(3, 1, 4, 4)
+    before = cache.clone()
+    stats = reference.empty_stats((1, 1, 2) if table is None else (3, 1), 4, "scalar", "fp8", cache)
+    settings = {"page_size": 4, "score": "scalar", "stats_dtype": "fp8", "page_table": table}
+    new = torch.randn(1, 1, 1, 4)
+    with pytest.raises(ValueError, match="seq_lens <= 8, the slots of a row, got 9"):
+        reference.append_tokens(cache, cache, stats, new, new, torch.tensor([9]), **settings)
+    assert torch.equal(cache, before)
+
+
 @pytest.mark.parametrize("stats_dtype", STATS_DTYPES)
 @pytest.mark.parametrize("dim", [7, 32, 80])
 def test_stored_layout_follows_the_design(stats_dtype, dim):

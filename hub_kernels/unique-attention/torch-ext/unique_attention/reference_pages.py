@@ -173,8 +173,14 @@ def append_tokens(
         seq_starts (`torch.Tensor`, *optional*): `[B]` first valid slot (left padding).
         token_mask (`torch.Tensor`, *optional*): `[B, S]` bool, tokens that count.
         page_table (`torch.Tensor`, *optional*): `[B, N]` logical to physical pages.
+    Raises:
+        ValueError: a row is longer than the cache.
     """
-    num_new = k_new.shape[2]
+    num_new, capacity = k_new.shape[2], num_slots(k_cache, page_table, page_size)
+    if seq_lens.numel() and int(seq_lens.max()) > capacity:
+        raise ValueError(
+            f"Expected seq_lens <= {capacity}, the slots of a row, got {int(seq_lens.max())}; grow the cache."
+        )
     slots = seq_lens.to(k_cache.device, torch.int64)[:, None] - num_new + torch.arange(num_new, device=k_cache.device)
     row, token = (slots >= 0).nonzero(as_tuple=True)
     outer, inner = _locate(row, slots[row, token], page_table, page_size)
