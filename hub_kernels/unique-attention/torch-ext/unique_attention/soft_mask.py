@@ -1,9 +1,9 @@
-"""Soft-mask attention for training (Eq. 6): fused forward and backward in O(T) memory plus one bit of list per tile.
+"""Soft-mask attention for training (Eq. 6): fused forward and backward, O(T) memory and 9 bytes per tile.
 
 May import torch, triton, `settings`, `_common` and `soft_mask_*`. How a call runs:
 
-1. Packed documents are moved to a layout in which every document starts at a page (`_pack`), so pages are aligned slots from
-   here on and "same document" is "page not before the first page of the query's document".
+1. Packed documents are moved to a layout in which every document starts at a page (`_pack`), so pages are aligned
+   slots from here on and "same document" is "page not before the first page of the query's document".
 2. Features of queries and pages make the page score a product `fq . fp + nq * fs` (`soft_mask_stats`).
 3. Thresholds per query, exact, and from them the lists of open tiles (`soft_mask_select`).
 4. Attention over the open tiles (`soft_mask_fwd`); two kernels walk the same lists backward (`soft_mask_bwd`).
@@ -24,27 +24,37 @@ from ._common import target_of
 from .settings import resolve_score_weight
 from .soft_mask_bwd import _soft_mask_bwd_dkv_kernel, _soft_mask_bwd_dq_kernel
 from .soft_mask_fwd import _soft_mask_fwd_attend_kernel
-from .soft_mask_select import select_tiles
+from .soft_mask_select import Tiles, select_tiles
 from .soft_mask_stats import LINEAR_FORMS, Features, add_feature_grads, features
 
 
-# (largest head dim, bytes per number) -> rows of a tile (queries times heads of a group), keys of a tile, and
-# (num_warps, num_stages) of forward, dq and dk/dv
+class Launch(NamedTuple):
+    """Shape of the tiles, and (num_warps, num_stages) of the three attention kernels."""
+
+    rows: int  # queries of a tile, times the heads of a group
+    keys: int
+    step_rows: int  # rows that dk and dv take at a time
+    fwd: tuple[int, int]
+    dq: tuple[int, int]
+    dkv: tuple[int, int]
+
+
+# by largest head dim and bytes per number
 LAUNCH = {
-    (64, 2): (128, 64, (4, 3), (8, 2), (8, 2)),
-    (128, 2): (128, 64, (8, 3), (8, 2), (8, 2)),
-    (256, 2): (64, 32, (4, 2), (4, 1), (4, 1)),
-    (64, 4): (64, 32, (4, 2), (4, 1), (4, 1)),
-    (128, 4): (32, 32, (4, 1), (4, 1), (4, 1)),
-    (256, 4): (16, 32, (4, 1), (4, 1), (4, 1)),
+    (64, 2): Launch(64, 64, 64, (4, 3), (4, 2), (4, 2)),
+    (128, 2): Launch(64, 64, 32, (4, 2), (4, 2), (4, 2)),
+    (256, 2): Launch(64, 32, 32, (8, 2), (8, 2), (8, 1)),
+    (64, 4): Launch(32, 32, 32, (4, 1), (4, 1), (4, 1)),
+    (128, 4): Launch(32, 32, 16, (4, 1), (4, 1), (4, 1)),
+    (256, 4): Launch(16, 32, 16, (8, 1), (8, 1), (8, 1)),
 }
 # small tiles, so that small tests see many of them
-LAUNCH_INTERPRETER = (32, 32, (1, 1), (1, 1), (1, 1))
+LAUNCH_INTERPRETER = Launch(32, 32, 16, (1, 1), (1, 1), (1, 1))
 MAX_GROUP = 16
 
 
 class Layout(NamedTuple):
-    """First valid slot of each query's row or document, int32 `[B | 1, T | 1]` expanded, and `[B, T]` uint8 validity."""
+    """First valid slot of each query's row or document, int32 `[B, T]` (expanded), and validity, uint8 `[B, T]`."""
 
     start: torch.Tensor
     valid: torch.Tensor | None
@@ -117,19 +127,21 @@ def soft_mask_attention(
         group_reduce (`str`, *optional*, defaults to `"mean"`): Vote (Eq. 3); only `"mean"`.
         softmax_scale (`float`, *optional*): s, `1 / sqrt(D)` by default.
         token_mask (`torch.Tensor`, *optional*): `[B, T]` bool, tokens that count.
-        cu_seq_lens (`torch.Tensor`, *optional*): `[documents + 1]` bounds of packed documents, B = 1; pages start anew in each.
+        cu_seq_lens (`torch.Tensor`, *optional*): `[documents + 1]` bounds of packed documents, B = 1; pages start
+            anew in each.
         softcap (`float`, *optional*): Bound of the logits, applied before the mask is added.
         sinks (`torch.Tensor`, *optional*): `[H]` extra logit per head.
         threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through theta.
-        skip_below (`float`, *optional*): Tiles in which no gate reaches it are skipped; `None` takes `eps(dtype)^2`, 0 skips
-            nothing.
+        skip_below (`float`, *optional*): Tiles in which no gate reaches it are skipped; `None` takes `eps(dtype)^2`, 0
+            skips nothing.
     Returns:
         `torch.Tensor`: `[B, H, T, DV]` in the dtype of `q`; 0 for queries that see nothing.
     Raises:
         NotImplementedError: score form, vote, dtype or group size without a kernel.
 
-    Numerics: fp32 softmax and statistics, page features rounded to the dtype of `q`, exact thresholds; no atomics, bit for bit
-    reproducible; never waits for the device.
+    Numerics: fp32 softmax and statistics; with 16-bit inputs the features of queries and pages are rounded to fp16
+    before their product, an error of the score that 1 / temperature amplifies; thresholds are exact for those scores.
+    No atomics, bit for bit reproducible; never waits for the device.
     """
     _check_supported(q, k, page_size, score, group_reduce)
     settings = Settings(
@@ -154,11 +166,13 @@ def _check_supported(q: torch.Tensor, k: torch.Tensor, page_size: int, score: st
         raise NotImplementedError(f"Expected float16, bfloat16 or float32, got {q.dtype}; use impl='reference'.")
     if q.shape[1] // k.shape[1] > MAX_GROUP:
         raise NotImplementedError(
-            f"Expected at most {MAX_GROUP} query heads per kv head, got {q.shape[1] // k.shape[1]}; use impl='reference'."
+            f"Expected at most {MAX_GROUP} query heads per kv head, got {q.shape[1]} for {k.shape[1]}; use "
+            "impl='reference'."
         )
     if page_size & (page_size - 1) or q.shape[-1] > 256:
         raise NotImplementedError(
-            f"Expected a power of two as page_size and head_dim <= 256, got {page_size} and {q.shape[-1]}; use impl='reference'."
+            f"Expected a power of two as page_size and head_dim <= 256, got {page_size} and {q.shape[-1]}; use "
+            "impl='reference'."
         )
 
 
@@ -194,34 +208,35 @@ def _pack(cu_seq_lens, token_mask, length: int, page_size: int) -> tuple[torch.T
     return slots, num_slots, Layout(start, valid)
 
 
-def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, tuple]:
-    """Settings that all kernels share, those of the selection, and (num_warps, num_stages) of the three attention kernels."""
+def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, Launch]:
+    """Settings that all kernels share, those of the selection, and the launch."""
     group = q.shape[1] // k.shape[1]
     group_pow2 = triton.next_power_of_2(group)
     block_d, block_dv = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
     size = q.element_size()
     interpreted = target_of(q.device).backend == "interpreter"
-    rows, block_s, *launches = LAUNCH_INTERPRETER if interpreted else LAUNCH[max(64, block_d, block_dv), size]
-    block_t = max(rows // group_pow2, 4)
-    chunk = min(settings.page_size, block_s // 16)
+    launch = LAUNCH_INTERPRETER if interpreted else LAUNCH[max(64, block_d, block_dv), size]
+    chunk = min(settings.page_size, launch.keys // 16)
     num_features = block_d * (2 if settings.score == "minmax" else 1)
-    meta = dict(
-        sink_pages=settings.sink_pages, recent_pages=settings.recent_pages, scale=settings.softmax_scale,
-        softcap=settings.softcap or 0.0, inv_temperature=min(1.0 / settings.temperature, 1e30),
-        GROUP=group, GROUP_POW2=group_pow2, D=q.shape[-1], DV=v.shape[-1], BLOCK_D=block_d, BLOCK_DV=block_dv,
-        PAGE_SIZE=settings.page_size, NUM_FEATURES=num_features, HAS_SCALAR=settings.score == "scalar",
-        HAS_SOFTCAP=settings.softcap is not None, HAS_MASK=layout.valid is not None,
-        PRECISION="ieee" if size == 4 else "tf32", BLOCK_T=block_t, BLOCK_S=block_s, CHUNK=chunk,
-    )  # fmt: skip
-    row_bytes = num_features * size
-    cut = -math.inf if settings.skip_below <= 0 else math.log(settings.skip_below) - math.log1p(-settings.skip_below)
-    select = dict(
-        num_free=settings.num_kept - settings.sink_pages - settings.recent_pages, cut=cut,
-        BLOCK_T=16 if interpreted else 128 if row_bytes <= 512 else 64 if row_bytes <= 1024 else 32,
-        BLOCK_N=16 if interpreted else 64 if row_bytes <= 512 else 32, num_warps=8 if row_bytes <= 512 else 4,
-        BLOCK_C=max(64, block_s // chunk),
-    )  # fmt: skip
-    return meta, select, launches
+    meta = {
+        "sink_pages": settings.sink_pages, "recent_pages": settings.recent_pages, "scale": settings.softmax_scale,
+        "softcap": settings.softcap or 0.0, "inv_temperature": min(1.0 / settings.temperature, 1e30),
+        "GROUP": group, "GROUP_POW2": group_pow2, "D": q.shape[-1], "DV": v.shape[-1],
+        "BLOCK_D": block_d, "BLOCK_DV": block_dv, "PAGE_SIZE": settings.page_size, "NUM_FEATURES": num_features,
+        "HAS_SCALAR": settings.score == "scalar", "HAS_SOFTCAP": settings.softcap is not None,
+        "HAS_MASK": layout.valid is not None, "PRECISION": "ieee" if size == 4 else "tf32",
+        "BLOCK_T": max(launch.rows // group_pow2, 8), "BLOCK_S": launch.keys, "CHUNK": chunk,
+    }  # fmt: skip
+    wide = num_features * size
+    select = {
+        "num_free": settings.num_kept - settings.sink_pages - settings.recent_pages,
+        "cut": math.log(settings.skip_below / (1 - settings.skip_below)) if settings.skip_below > 0 else -math.inf,
+        "BLOCK_T": 16 if interpreted else 128 if wide <= 512 else 64 if wide <= 1024 else 32,
+        "BLOCK_N": 16 if interpreted else 64 if wide <= 512 else 32,
+        "BLOCK_C": max(64, launch.keys // chunk),
+        "num_warps": 8 if wide <= 512 else 4,
+    }  # fmt: skip
+    return meta, select, launch
 
 
 class _SoftMaskAttention(torch.autograd.Function):
@@ -231,61 +246,60 @@ class _SoftMaskAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, sinks, layout, settings):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         B, H, T, _ = q.shape
-        HK, DV = k.shape[1], v.shape[-1]
-        meta, select, launches = _launch(q, k, v, layout, settings)
-        form = dict(page_size=settings.page_size, score=settings.score, score_weight=settings.score_weight)
+        HK = k.shape[1]
+        meta, select, launch = _launch(q, k, v, layout, settings)
+        form = {name: getattr(settings, name) for name in ("page_size", "score", "score_weight")}
         feats = features(q, k, **form, valid=layout.valid)
         thresholds, tiles = select_tiles(*feats, layout, meta, select, settings.threshold_grad)
         # [B, T, H, DV] in memory: that is where the model wants it next
-        out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device).transpose(1, 2)
+        out = torch.empty(B, T, H, v.shape[-1], dtype=q.dtype, device=q.device).transpose(1, 2)
         lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
         N, (NQB, NKB) = feats.fp.shape[2], tiles.rows.shape[1:]
         valid = lse if layout.valid is None else layout.valid
-        num_warps, num_stages = launches[0]
+        num_warps, num_stages = launch.fwd
         _soft_mask_fwd_attend_kernel[(NQB, B * HK)](
             q, k, v, out, lse, *feats, thresholds.theta, layout.start, valid, lse if sinks is None else sinks,
             tiles.rows, tiles.num_rows,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *layout.start.stride(), valid.stride(0),
-            T, N, NQB, NKB, HK, **meta, HAS_SINKS=sinks is not None, num_warps=num_warps, num_stages=num_stages,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *layout.start.stride(),
+            valid.stride(0), T, N, NQB, NKB, HK, **meta, HAS_SINKS=sinks is not None,
+            num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, sinks, out, lse, *layout, *feats, *thresholds, *tiles)
-        ctx.settings, ctx.launch = settings, (meta, form, launches)
+        ctx.threshold_grad, ctx.launch = settings.threshold_grad, (meta, form, launch)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, sinks, out, lse, start, valid, *rest = ctx.saved_tensors
-        feats, (theta, above, below), tiles = Features(*rest[:4]), rest[4:7], rest[7:]
-        meta, form, launches = ctx.launch
+        feats, (theta, above, below), tiles = Features(*rest[:4]), rest[4:7], Tiles(*rest[7:])
+        meta, form, launch = ctx.launch
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        (B, HK, T, _), N, DV = k.shape, feats.fp.shape[2], v.shape[-1]
-        NQB, NKB = tiles[0].shape[1:]
-        mask = lse if valid is None else valid
-        threshold_grad = ctx.settings.threshold_grad
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        delta = torch.empty_like(lse)
-        dtheta = torch.empty_like(theta) if threshold_grad else theta
+        (B, HK, T, _), N, (NQB, NKB) = k.shape, feats.fp.shape[2], tiles.rows.shape[1:]
+        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+        dtheta = torch.empty_like(theta) if ctx.threshold_grad else theta
         dfq, dnq = torch.empty_like(feats.fq, dtype=q.dtype), torch.empty_like(feats.nq)
+        mask = lse if valid is None else valid
         common = (*start.stride(), mask.stride(0), T, N, NQB, NKB, HK)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        num_warps, num_stages = launches[1]
+        num_warps, num_stages = launch.dq
         _soft_mask_bwd_dq_kernel[(NQB, B * HK)](
-            q, k, v, out, dout, lse, *feats, theta, above, below, start, mask, tiles[0], tiles[1],
+            q, k, v, out, dout, lse, *feats, theta, above, below, start, mask, tiles.rows, tiles.num_rows,
             dq, dfq, dnq, delta, dtheta,
             *strides, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *common, **meta,
-            THRESHOLD_GRAD=threshold_grad, num_warps=num_warps, num_stages=num_stages,
+            THRESHOLD_GRAD=ctx.threshold_grad, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         page_size, block_s = meta["PAGE_SIZE"], meta["BLOCK_S"]
         pages_per_tile, tiles_per_page = max(1, block_s // page_size), max(1, page_size // block_s)
         dfp = torch.empty(B * HK, NKB, pages_per_tile, feats.fp.shape[3], dtype=torch.float32, device=q.device)
         dfs = torch.empty(dfp.shape[:3], dtype=torch.float32, device=q.device)
-        num_warps, num_stages = launches[2]
+        step_t = min(meta["BLOCK_T"], max(8, launch.step_rows // meta["GROUP_POW2"]))
+        num_warps, num_stages = launch.dkv
         _soft_mask_bwd_dkv_kernel[(NKB, B * HK)](
-            q, k, v, dout, lse, delta, *feats, theta, dtheta, above, below, start, mask, tiles[2], tiles[3],
-            dk, dv, dfp, dfs,
-            *strides, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *common, **meta,
-            THRESHOLD_GRAD=threshold_grad, num_warps=num_warps, num_stages=num_stages,
+            q, k, v, dout, lse, delta, *feats, theta, dtheta, above, below, start, mask, tiles.columns,
+            tiles.num_columns, dk, dv, dfp, dfs,
+            *strides, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *common, **meta, STEP_T=step_t,
+            THRESHOLD_GRAD=ctx.threshold_grad, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         dfp, dfs = (_sum_tiles(x.flatten(1, 2), tiles_per_page).unflatten(0, (B, HK)) for x in (dfp, dfs))
         add_feature_grads(dq, dk, q, k, Features(dfq, dnq, dfp, dfs), **form, valid=valid)

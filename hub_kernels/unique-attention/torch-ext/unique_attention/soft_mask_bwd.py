@@ -1,91 +1,31 @@
 """Backward of soft-mask attention over the open tiles (Eq. 6). May import torch, triton, `_common` and `soft_mask_*`.
-
-With z the logits, p = exp(z - lse), dz = p (do . v - delta): `d log g` of a page is the sum of dz over its tokens and the G heads,
-and `d score = (1 - g) / temperature * d log g`. From there it flows into the features, `dfq = sum_p dscore fp`,
-`dfp = sum_t dscore fq`, and, if asked for, into the threshold, `dtheta = -sum_p dscore`, half to each of the pages that set it.
-dq and dfq come from one kernel (a program owns queries), dk, dv and dfp from another (a program owns keys and walks the heads of
-its group too), so nothing is added atomically.
+With z the logits, p = exp(z - lse), dz = p (do . v - delta): `d log g` of a page is the sum of dz over its tokens and
+the G heads, and `d score = (1 - g) / temperature * d log g`. From there it flows into the features, `dfq = sum_p
+dscore fp`, `dfp = sum_t dscore fq`, and, if asked for, into the threshold, `dtheta = -sum_p dscore`, half to each of
+the pages that set it. dq and dfq come from one kernel (a program owns queries), dk, dv and dfp from another (a
+program owns keys and walks the heads of its group too), so nothing is added atomically.
 """
 
 import triton
 import triton.language as tl
 
-from .soft_mask_fwd import LOG2E, capped_logits, load_keys, page_gate, row_gate, spread_rows
+from .soft_mask_fwd import capped_logits, load_keys, page_gate, row_gate, spread
 
 
 @triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
 def _soft_mask_bwd_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    dout_ptr,
-    lse_ptr,
-    fq_ptr,
-    nq_ptr,
-    fp_ptr,
-    fs_ptr,
-    theta_ptr,
-    above_ptr,
-    below_ptr,
-    start_ptr,
-    valid_ptr,
-    list_ptr,
-    count_ptr,
-    dq_ptr,
-    dfq_ptr,
-    dnq_ptr,
-    delta_ptr,
-    dtheta_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_dob,
-    stride_doh,
-    stride_dot,
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
-    stride_start_b,
-    stride_start_t,
-    stride_valid,
-    T,
-    N,
-    NQB,
-    NKB,
-    HK,
-    sink_pages,
-    recent_pages,
-    scale,
-    softcap,
-    inv_temperature,
-    GROUP: tl.constexpr,
-    GROUP_POW2: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    THRESHOLD_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Program (block of queries from the last, b * HK) writes dq without the features' part, dfq, dnq, delta and dtheta."""
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, fq_ptr, nq_ptr, fp_ptr, fs_ptr, theta_ptr, above_ptr, below_ptr,
+    start_ptr, valid_ptr, list_ptr, count_ptr, dq_ptr, dfq_ptr, dnq_ptr, delta_ptr, dtheta_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
+    stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt, stride_start_b,
+    stride_start_t, stride_valid,
+    T, N, NQB, NKB, HK, sink_pages, recent_pages, scale, softcap, inv_temperature,
+    GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of queries from the last, b * HK) writes dfq, dnq, delta, dtheta, and dq but for the features."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
     b = pid_bh // HK
@@ -134,7 +74,7 @@ def _soft_mask_bwd_dq_kernel(
     dfq = tl.zeros([BLOCK_T, NUM_FEATURES], tl.float32)
     dnq = tl.zeros([BLOCK_T], tl.float32)
     dtheta = tl.zeros([BLOCK_T], tl.float32)
-    for j in range(0, tl.load(count_ptr + pid_bh * NQB + pid_t)):
+    for j in range(tl.load(count_ptr + pid_bh * NQB + pid_t)):
         tile = tl.load(list_ptr + j)
         k, v, valid = load_keys(
             k_ptr, v_ptr, valid_ptr, stride_ks, stride_vs, tile, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_S, HAS_MASK, True
@@ -144,13 +84,13 @@ def _soft_mask_bwd_dq_kernel(
             PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, PRECISION, BLOCK_S, CHUNK,
         )  # fmt: skip
         s, slope = capped_logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
-        s += spread_rows(log_gate, BLOCK_T, GROUP_POW2, NC, CHUNK)
+        s += spread(log_gate, BLOCK_T, GROUP_POW2, NC, CHUNK)
         seen = (tile * BLOCK_S + tl.arange(0, BLOCK_S))[None, :] <= t_of_row[:, None]
         if HAS_MASK:
             seen = seen & valid[None, :]
         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)  # [M, BLOCK_S]
         dz = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dgate = tl.sum(tl.sum(tl.reshape(dz, (BLOCK_T, GROUP_POW2, NC, CHUNK)), axis=3), axis=1) * slack  # [BLOCK_T, NC]
+        dgate = tl.sum(tl.sum(tl.reshape(dz, (BLOCK_T, GROUP_POW2, NC, CHUNK)), axis=3), axis=1) * slack
         dq = tl.dot((dz * slope).to(k.dtype), k, dq, input_precision=PRECISION)
         dfq = tl.dot(dgate.to(k.dtype), fp.to(k.dtype), dfq, input_precision=PRECISION)
         if HAS_SCALAR:
@@ -178,77 +118,18 @@ def _soft_mask_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
 def _soft_mask_bwd_dkv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    fq_ptr,
-    nq_ptr,
-    fp_ptr,
-    fs_ptr,
-    theta_ptr,
-    dtheta_ptr,
-    above_ptr,
-    below_ptr,
-    start_ptr,
-    valid_ptr,
-    list_ptr,
-    count_ptr,
-    dk_ptr,
-    dv_ptr,
-    dfp_ptr,
-    dfs_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_dob,
-    stride_doh,
-    stride_dot,
-    stride_dkb,
-    stride_dkh,
-    stride_dks,
-    stride_dvb,
-    stride_dvh,
-    stride_dvs,
-    stride_start_b,
-    stride_start_t,
-    stride_valid,
-    T,
-    N,
-    NQB,
-    NKB,
-    HK,
-    sink_pages,
-    recent_pages,
-    scale,
-    softcap,
-    inv_temperature,
-    GROUP: tl.constexpr,
-    GROUP_POW2: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    THRESHOLD_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Program (block of keys, b * HK) writes dk without the statistics' part, dv, and dfp, dfs of its pages (or part of one)."""
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, fq_ptr, nq_ptr, fp_ptr, fs_ptr, theta_ptr, dtheta_ptr,
+    above_ptr, below_ptr, start_ptr, valid_ptr, list_ptr, count_ptr, dk_ptr, dv_ptr, dfp_ptr, dfs_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_dob,
+    stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_start_b,
+    stride_start_t, stride_valid,
+    T, N, NQB, NKB, HK, sink_pages, recent_pages, scale, softcap, inv_temperature,
+    GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of keys, b * HK) writes dv, dfp and dfs of its pages, and dk but for the statistics."""
     pid_k = tl.program_id(0).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
     b = pid_bh // HK
@@ -273,7 +154,7 @@ def _soft_mask_bwd_dkv_kernel(
     if HAS_SCALAR:
         fs = tl.load(fs_ptr + pid_bh * N + pages, mask=pages < N, other=0.0)
 
-    offs_m = tl.arange(0, BLOCK_T * GROUP_POW2)
+    offs_m = tl.arange(0, STEP_T * GROUP_POW2)
     g_of_row = offs_m % GROUP_POW2
     heads = (pid_bh % HK) * GROUP + g_of_row
     q_ptr += b * stride_qb
@@ -285,8 +166,10 @@ def _soft_mask_bwd_dkv_kernel(
     dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
     dfp = tl.zeros([NC, NUM_FEATURES], tl.float32)
     dfs = tl.zeros([NC], tl.float32)
-    for j in range(0, tl.load(count_ptr + pid_bh * NKB + pid_k)):
-        first_t = tl.load(list_ptr + j) * BLOCK_T
+    # an open tile is walked in steps of STEP_T queries: dk and dv leave few registers
+    STEPS: tl.constexpr = BLOCK_T // STEP_T
+    for j in range(tl.load(count_ptr + pid_bh * NKB + pid_k) * STEPS):
+        first_t = tl.load(list_ptr + j // STEPS) * BLOCK_T + j % STEPS * STEP_T
         t_of_row = first_t + offs_m // GROUP_POW2
         t64 = t_of_row.to(tl.int64)[:, None]
         mask_m = (t_of_row < T) & (g_of_row < GROUP)
@@ -296,13 +179,13 @@ def _soft_mask_bwd_dkv_kernel(
         dout = tl.load(dout_rows + offs_dv, mask=mask_m[:, None] & (offs_dv < DV), other=0.0)
         lse = tl.load(lse_ptr + head_row + t_of_row, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptr + head_row + t_of_row, mask=mask_m, other=0.0)
-        offs_t = first_t + tl.arange(0, BLOCK_T)
+        offs_t = first_t + tl.arange(0, STEP_T)
         mask_t = offs_t < T
         row = pid_bh * T + offs_t
         fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f, mask=mask_t[:, None], other=0.0)
         theta = tl.load(theta_ptr + row, mask=mask_t, other=float("-inf"))
         start = tl.load(start_ptr + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
-        score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, BLOCK_T]
+        score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, STEP_T]
         if HAS_SCALAR:
             nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
             score += fs[:, None] * nq[None, :]
@@ -311,7 +194,7 @@ def _soft_mask_bwd_dkv_kernel(
             sink_pages, recent_pages, inv_temperature,
         )  # fmt: skip
         s, slope = capped_logits(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
-        s += spread_rows(log_gate, NC, CHUNK, BLOCK_T, GROUP_POW2)  # [BLOCK_S, M]
+        s += spread(log_gate, NC, CHUNK, STEP_T, GROUP_POW2)  # [BLOCK_S, M]
         seen = slots[:, None] <= t_of_row[None, :]
         if HAS_MASK:
             seen = seen & valid[:, None]
@@ -319,14 +202,17 @@ def _soft_mask_bwd_dkv_kernel(
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dz = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot((dz * slope).to(q.dtype), q, dk, input_precision=PRECISION)
-        dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, BLOCK_T, GROUP_POW2)), axis=3), axis=1) * slack  # [NC, BLOCK_T]
+        dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, STEP_T, GROUP_POW2)), axis=3), axis=1) * slack
         if THRESHOLD_GRAD:
             # both pages that set the threshold get half of its gradient, once each
             half = 0.5 * tl.load(dtheta_ptr + row, mask=mask_t, other=0.0)[None, :]
             page_once = tl.where(chunk_start % PAGE_SIZE == 0, pages, -1)[:, None]
             dgate += tl.where(page_once == tl.load(above_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
             dgate += tl.where(page_once == tl.load(below_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
-        dfp = tl.dot(dgate.to(q.dtype), fq.to(q.dtype), dfp, input_precision=PRECISION)
+        if STEP_T < 16:  # 16-bit tensor cores take no fewer than 16 terms
+            dfp = tl.dot(dgate, fq.to(tl.float32), dfp, input_precision=PRECISION)
+        else:
+            dfp = tl.dot(dgate.to(q.dtype), fq.to(q.dtype), dfp, input_precision=PRECISION)
         if HAS_SCALAR:
             dfs += tl.sum(dgate * nq[None, :], axis=1)
 

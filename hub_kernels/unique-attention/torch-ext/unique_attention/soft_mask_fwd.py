@@ -1,13 +1,11 @@
 """Forward of soft-mask attention over the open tiles (Eq. 6). May import torch, triton, `_common` and `soft_mask_*`.
-
-One program holds BLOCK_T queries of all G heads of a kv head: row `r` of its tile is query `r // G`, head `r % G`, so the gate is
-computed once for the group and spread over heads and tokens. A tile of BLOCK_S keys is cut into chunks of CHUNK tokens (a page,
-or a part of one), and a chunk has one gate per query.
+One program holds BLOCK_T queries of all G heads of a kv head: row `r` of its tile is query `r // G`, head `r % G`, so
+the gate is computed once for the group and spread over heads and tokens. A tile of BLOCK_S keys is cut into chunks of
+CHUNK tokens (a page, or a part of one), and a chunk has one gate per query.
 """
 
 import triton
 import triton.language as tl
-
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -34,21 +32,12 @@ def capped_logits(dots, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def load_keys(
-    k_ptr,
-    v_ptr,
-    valid_ptr,
-    stride_ks,
-    stride_vs,
-    tile,
-    S,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ON_EDGE: tl.constexpr,
-):
+    k_ptr, v_ptr, valid_ptr,
+    stride_ks, stride_vs,
+    tile, S,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_MASK: tl.constexpr, ON_EDGE: tl.constexpr,
+):  # fmt: skip
     """Keys and values of a tile, and which of its slots count; `[BLOCK_S, *]`."""
     offs = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
@@ -76,26 +65,13 @@ def load_keys(
 
 @triton.jit
 def row_gate(
-    fq,
-    nq,
-    fp_ptr,
-    fs_ptr,
-    theta,
-    first_page,
-    own_page,
-    tile,
-    N,
-    sink_pages,
-    recent_pages,
-    inv_temperature,
-    PAGE_SIZE: tl.constexpr,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Gate of the chunks of a tile for each query: log2 g and 1 - g `[BLOCK_T, NC]`, and the features of its chunks."""
+    fq, nq,
+    fp_ptr, fs_ptr,
+    theta, first_page, own_page, tile, N, sink_pages, recent_pages, inv_temperature,
+    PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Gate of the chunks of a tile for each query: log2 g and 1 - g `[BLOCK_T, NC]`; features of the chunks."""
     pages = (tile * BLOCK_S + tl.arange(0, BLOCK_S // CHUNK) * CHUNK) // PAGE_SIZE
     offs_f = tl.arange(0, NUM_FEATURES)
     here = pages < N
@@ -113,55 +89,23 @@ def row_gate(
 
 
 @triton.jit
-def spread_rows(x, BLOCK_T: tl.constexpr, GROUP_POW2: tl.constexpr, NC: tl.constexpr, CHUNK: tl.constexpr):
-    """`[BLOCK_T, NC]` per query and chunk to `[BLOCK_T * GROUP, NC * CHUNK]` per row and key."""
-    x = tl.broadcast_to(x[:, None, :, None], (BLOCK_T, GROUP_POW2, NC, CHUNK))
-    return tl.reshape(x, (BLOCK_T * GROUP_POW2, NC * CHUNK))
+def spread(x, A: tl.constexpr, REPEAT_A: tl.constexpr, C: tl.constexpr, REPEAT_C: tl.constexpr):
+    """`[A, C]` to `[A * REPEAT_A, C * REPEAT_C]`, each number repeated in both directions."""
+    x = tl.broadcast_to(x[:, None, :, None], (A, REPEAT_A, C, REPEAT_C))
+    return tl.reshape(x, (A * REPEAT_A, C * REPEAT_C))
 
 
 @triton.jit
 def _attend_tile(
-    m_i,
-    l_i,
-    acc,
-    q,
-    fq,
-    nq,
-    theta,
-    first_page,
-    own_page,
-    t_of_row,
-    k_ptr,
-    v_ptr,
-    valid_ptr,
-    fp_ptr,
-    fs_ptr,
-    stride_ks,
-    stride_vs,
-    tile,
-    T,
-    N,
-    sink_pages,
-    recent_pages,
-    scale,
-    softcap,
-    inv_temperature,
-    GROUP_POW2: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ON_EDGE: tl.constexpr,
-):
+    m_i, l_i, acc, q, fq, nq, theta, first_page, own_page, t_of_row,
+    k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr,
+    stride_ks, stride_vs,
+    tile, T, N, sink_pages, recent_pages, scale, softcap, inv_temperature,
+    GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr, ON_EDGE: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax."""
     k, v, valid = load_keys(
         k_ptr, v_ptr, valid_ptr, stride_ks, stride_vs, tile, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_S, HAS_MASK, ON_EDGE
@@ -171,7 +115,7 @@ def _attend_tile(
         PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, PRECISION, BLOCK_S, CHUNK,
     )  # fmt: skip
     s, _ = capped_logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
-    s += spread_rows(log_gate, BLOCK_T, GROUP_POW2, BLOCK_S // CHUNK, CHUNK)  # [M, BLOCK_S]
+    s += spread(log_gate, BLOCK_T, GROUP_POW2, BLOCK_S // CHUNK, CHUNK)  # [M, BLOCK_S]
     if ON_EDGE:
         s = tl.where((tile * BLOCK_S + tl.arange(0, BLOCK_S))[None, :] <= t_of_row[:, None], s, float("-inf"))
     if HAS_MASK:
@@ -188,64 +132,17 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
 def _soft_mask_fwd_attend_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    fq_ptr,
-    nq_ptr,
-    fp_ptr,
-    fs_ptr,
-    theta_ptr,
-    start_ptr,
-    valid_ptr,
-    sink_ptr,
-    list_ptr,
-    count_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_start_b,
-    stride_start_t,
-    stride_valid,
-    T,
-    N,
-    NQB,
-    NKB,
-    HK,
-    sink_pages,
-    recent_pages,
-    scale,
-    softcap,
-    inv_temperature,
-    GROUP: tl.constexpr,
-    GROUP_POW2: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Program (block of queries from the last, b * HK) writes out and log-sum-exp (base 2, +inf for empty rows): Eq. 6."""
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, fq_ptr, nq_ptr, fp_ptr, fs_ptr, theta_ptr, start_ptr, valid_ptr, sink_ptr,
+    list_ptr, count_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
+    stride_oh, stride_ot, stride_start_b, stride_start_t, stride_valid,
+    T, N, NQB, NKB, HK, sink_pages, recent_pages, scale, softcap, inv_temperature,
+    GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of queries from the last, b * HK) writes out and log-sum-exp (base 2, +inf if empty): Eq. 6."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
     b = pid_bh // HK
@@ -288,21 +185,21 @@ def _soft_mask_fwd_attend_kernel(
     last_t = tl.minimum(first_t + BLOCK_T, T) - 1
     num_tiles = tl.load(count_ptr + pid_bh * NQB + pid_t)
     num_inner = num_tiles - (last_t // BLOCK_S - first_t // BLOCK_S + 1)
-    for j in range(0, num_inner):
+    for j in range(num_inner):
         m_i, l_i, acc = _attend_tile(
             m_i, l_i, acc, q, fq, nq, theta, first_page, own_page, t_of_row,
             k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tl.load(list_ptr + j), T, N,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
-            GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK, PRECISION,
-            BLOCK_T, BLOCK_S, CHUNK, False,
+            GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
+            PRECISION, BLOCK_T, BLOCK_S, CHUNK, False,
         )  # fmt: skip
     for j in range(num_inner, num_tiles):
         m_i, l_i, acc = _attend_tile(
             m_i, l_i, acc, q, fq, nq, theta, first_page, own_page, t_of_row,
             k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tl.load(list_ptr + j), T, N,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
-            GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK, PRECISION,
-            BLOCK_T, BLOCK_S, CHUNK, True,
+            GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
+            PRECISION, BLOCK_T, BLOCK_S, CHUNK, True,
         )  # fmt: skip
 
     empty = l_i == 0.0

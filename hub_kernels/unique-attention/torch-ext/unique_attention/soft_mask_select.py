@@ -1,14 +1,13 @@
-"""Thresholds of the soft mask and the tiles that it leaves open (Eq. 6). May import torch, triton, `_common` and `soft_mask_*`.
+"""Thresholds of the soft mask and the tiles that it leaves open (Eq. 6). May import torch and triton.
+Thresholds. The scores of a block of queries against all pages are recomputed on the tensor cores as often as needed,
+which is cheaper than storing them (256 flop against 4 bytes per score at D = 128). A pass counts, for every query at
+once, the scores at or above 7 values inside its bracket `[low, high)`, with `#(score >= low) > K'` and `#(score >=
+high) <= K'`; the bracket shrinks until exactly K' scores lie at or above `high`. A last pass finds the smallest score
+above and the largest below. Exact for any values; equal scores on both sides of the cut give that score.
 
-Thresholds. The scores of a block of queries against all pages are recomputed on the tensor cores as often as needed, which is
-cheaper than storing them (256 flop against 4 bytes per score at D = 128). A pass counts, for every query at once, the scores at
-or above 7 values inside its bracket `[low, high)`, with `#(score >= low) > K'` and `#(score >= high) <= K'`; the bracket
-shrinks 8-fold or better until exactly K' scores lie at or above `high`. A last pass finds the smallest score above and the
-largest below. Exact for any values; equal scores on both sides of the cut give that score.
-
-Tiles. A tile is BLOCK_T queries by BLOCK_S keys. It is open when any of its queries has a forced page there, or a page with
-`log g >= log(skip_below)`. Every block of queries gets the ascending list of its open tiles (forward and dq walk it), every
-block of keys its transpose (dk and dv).
+Tiles. A tile is BLOCK_T queries by BLOCK_S keys. It is open when any of its queries has a forced page there, or a
+page with `g >= skip_below`. Every block of queries gets the ascending list of its open tiles (forward and dq walk
+it), every block of keys its transpose (dk and dv).
 """
 
 from typing import NamedTuple
@@ -19,7 +18,7 @@ import triton.language as tl
 
 
 class Thresholds(NamedTuple):
-    """`theta [B, HK, T]` fp32, -inf where everything is open; page ids `above`, `below` of the K'-th and next best score."""
+    """`theta [B, HK, T]` fp32, -inf if all is open; pages `above`, `below` of the K'-th and next best score."""
 
     theta: torch.Tensor
     above: torch.Tensor
@@ -27,7 +26,7 @@ class Thresholds(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Open tiles: per block of queries `rows [B*HK, NQB, NKB]`, `num_rows [B*HK, NQB]`, and the same per block of keys."""
+    """Open tiles: per block of queries `rows [B*HK, NQB, NKB]`, `num_rows [B*HK, NQB]`, and so per block of keys."""
 
     rows: torch.Tensor
     num_rows: torch.Tensor
@@ -37,55 +36,29 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def candidate_scores(
-    fq,
-    fp_ptr,
-    fs_ptr,
-    nq,
-    pages,
-    low_page,
-    high_page,
-    mask_n,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Scores of pages (any shape `[n]`) by rows `[rows, n]`, and which of them a row may choose."""
+    fq, fp_ptr, fs_ptr, nq, pages, low_page, high_page, N,
+    NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores `[rows, n]` of the pages `[n]` for all rows, and which of them a row may choose."""
     offs_f = tl.arange(0, NUM_FEATURES)
-    fp = tl.load(fp_ptr + pages[:, None] * NUM_FEATURES + offs_f[None, :], mask=mask_n[:, None], other=0.0)
+    here = pages < N
+    fp = tl.load(fp_ptr + pages[:, None] * NUM_FEATURES + offs_f[None, :], mask=here[:, None], other=0.0)
     score = tl.dot(fq, tl.trans(fp), input_precision=PRECISION)
     if HAS_SCALAR:
-        score += nq[:, None] * tl.load(fs_ptr + pages, mask=mask_n, other=0.0)[None, :]
+        score += nq[:, None] * tl.load(fs_ptr + pages, mask=here, other=0.0)[None, :]
     free = (pages[None, :] >= low_page[:, None]) & (pages[None, :] < high_page[:, None])
     return score, free
 
 
 @triton.jit(do_not_specialize=["T", "N", "HK", "num_free", "sink_pages", "recent_pages"])
 def _soft_mask_fwd_threshold_kernel(
-    fq_ptr,
-    nq_ptr,
-    fp_ptr,
-    fs_ptr,
-    start_ptr,
-    theta_ptr,
-    above_ptr,
-    below_ptr,
-    stride_start_b,
-    stride_start_t,
-    T,
-    N,
-    HK,
-    num_free,
-    sink_pages,
-    recent_pages,
-    PAGE_SIZE: tl.constexpr,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    WITH_IDS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Program (block of queries from the last, b * HK) writes theta of its queries (Eq. 6), and the two pages that set it."""
+    fq_ptr, nq_ptr, fp_ptr, fs_ptr, start_ptr, theta_ptr, above_ptr, below_ptr,
+    stride_start_b, stride_start_t,
+    T, N, HK, num_free, sink_pages, recent_pages,
+    PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, WITH_IDS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (block of queries from the last, b * HK) writes theta (Eq. 6) and the two pages that set it."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
     offs_t = (pid_t * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
@@ -112,7 +85,7 @@ def _soft_mask_fwd_threshold_kernel(
     largest = tl.full([BLOCK_T, BLOCK_N], float("-inf"), tl.float32)
     for n in range(first, last, BLOCK_N):
         score, free = candidate_scores(
-            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, n + offs_n < N, NUM_FEATURES, HAS_SCALAR, PRECISION
+            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, N, NUM_FEATURES, HAS_SCALAR, PRECISION
         )
         smallest = tl.minimum(smallest, tl.where(free, score, float("inf")))
         largest = tl.maximum(largest, tl.where(free, score, float("-inf")))
@@ -141,7 +114,7 @@ def _soft_mask_fwd_threshold_kernel(
     page_below = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
     for n in range(first, last, BLOCK_N):
         score, free = candidate_scores(
-            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, n + offs_n < N, NUM_FEATURES, HAS_SCALAR, PRECISION
+            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, N, NUM_FEATURES, HAS_SCALAR, PRECISION
         )
         over = free & (score >= high[:, None]) & (score < smallest)
         under = free & (score < high[:, None]) & (score > largest)
@@ -165,28 +138,12 @@ def _soft_mask_fwd_threshold_kernel(
 
 @triton.jit
 def _shrink(
-    low,
-    high,
-    count_low,
-    count_high,
-    aim,
-    clustered,
-    num_free,
-    fq,
-    fp_ptr,
-    fs_ptr,
-    nq,
-    low_page,
-    high_page,
-    first,
-    last,
-    N,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    low, high, count_low, count_high, aim, clustered, num_free, fq,
+    fp_ptr, fs_ptr,
+    nq, low_page, high_page, first, last, N,
+    NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """One pass over the scores: brackets and their counts cut at 7 values each."""
     width = high - low
     c1, c2, c3, c4, c5, c6, c7 = _cuts(low, width, aim, clustered)
@@ -198,7 +155,7 @@ def _shrink(
     offs_n = tl.arange(0, BLOCK_N)
     for n in range(first, last, BLOCK_N):
         score, free = candidate_scores(
-            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, n + offs_n < N, NUM_FEATURES, HAS_SCALAR, PRECISION
+            fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, N, NUM_FEATURES, HAS_SCALAR, PRECISION
         )
         score = tl.where(free, score, float("-inf"))
         n12 += (score >= c1[:, None]).to(tl.int32) + tl.where(score >= c2[:, None], 65536, 0)
@@ -206,7 +163,7 @@ def _shrink(
         n56 += (score >= c5[:, None]).to(tl.int32) + tl.where(score >= c6[:, None], 65536, 0)
         n7 += (score >= c7[:, None]).to(tl.int32)
     new_low, new_high, new_count_low, new_count_high = low, high, count_low, count_high
-    # from the lowest cut up: the last one with more than K' scores is the new low, the first with at most K' the new high
+    # the highest cut with more than K' scores above it is the new low, the lowest with at most K' the new high
     new_low, new_count_low = _raise(new_low, new_count_low, c1, tl.sum(n12 & 0xFFFF, axis=1), num_free)
     new_low, new_count_low = _raise(new_low, new_count_low, c2, tl.sum(n12 >> 16, axis=1), num_free)
     new_low, new_count_low = _raise(new_low, new_count_low, c3, tl.sum(n34 & 0xFFFF, axis=1), num_free)
@@ -252,38 +209,13 @@ def _lower(high, count_high, cut, count, num_free):
 
 @triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
 def _soft_mask_fwd_tiles_kernel(
-    fq_ptr,
-    nq_ptr,
-    fp_ptr,
-    fs_ptr,
-    start_ptr,
-    theta_ptr,
-    below_ptr,
-    open_ptr,
-    list_ptr,
-    count_ptr,
-    stride_start_b,
-    stride_start_t,
-    T,
-    N,
-    NQB,
-    NKB,
-    HK,
-    sink_pages,
-    recent_pages,
-    inv_temperature,
-    cut,
-    PAGE_SIZE: tl.constexpr,
-    NUM_FEATURES: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    WITH_IDS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Program (block of queries from the last, b * HK) writes the list of its open tiles, and its row of the open map."""
+    fq_ptr, nq_ptr, fp_ptr, fs_ptr, start_ptr, theta_ptr, below_ptr, open_ptr, list_ptr, count_ptr,
+    stride_start_b, stride_start_t,
+    T, N, NQB, NKB, HK, sink_pages, recent_pages, inv_temperature, cut,
+    PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, WITH_IDS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program (block of queries from the last, b * HK) writes the list of its open tiles and its row of the map."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
     offs_t = (pid_t * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
@@ -317,7 +249,7 @@ def _soft_mask_fwd_tiles_kernel(
     for tile in range(first, last_t // BLOCK_S + 1, TILES):
         pages = (tile * BLOCK_S + tl.arange(0, BLOCK_C) * CHUNK) // PAGE_SIZE
         score, free = candidate_scores(
-            fq, fp_ptr, fs_ptr, nq, pages, low_page, high_page, pages < N, NUM_FEATURES, HAS_SCALAR, PRECISION
+            fq, fp_ptr, fs_ptr, nq, pages, low_page, high_page, N, NUM_FEATURES, HAS_SCALAR, PRECISION
         )
         seen = (pages[None, :] >= start[:, None]) & (pages[None, :] <= own[:, None]) & mask_t[:, None]
         is_open = seen & (~free | (theta[:, None] == float("-inf")) | (score * inv_temperature >= floor[:, None]))
@@ -335,15 +267,10 @@ def _soft_mask_fwd_tiles_kernel(
 
 @triton.jit(do_not_specialize=["NQB", "NKB"])
 def _soft_mask_fwd_columns_kernel(
-    open_ptr,
-    list_ptr,
-    count_ptr,
-    NQB,
-    NKB,
-    BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
+    open_ptr, list_ptr, count_ptr,
+    NQB, NKB,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
     """Program (block of keys, b * HK) writes the ascending list of the blocks of queries for which it is open."""
     pid_k = tl.program_id(0).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
@@ -378,11 +305,10 @@ def select_tiles(fq, nq, fp, fs, layout, meta: dict, select: dict, threshold_gra
     B, HK, T, F = fq.shape
     N, device = fp.shape[2], fq.device
     theta = torch.empty(B, HK, T, dtype=torch.float32, device=device)
-    above, below = (torch.empty((B, HK, T) if threshold_grad else (0,), dtype=torch.int32, device=device) for _ in "ab")
-    pages = dict(
-        PAGE_SIZE=meta["PAGE_SIZE"], NUM_FEATURES=F, HAS_SCALAR=meta["HAS_SCALAR"], WITH_IDS=threshold_grad,
-        PRECISION=meta["PRECISION"],
-    )  # fmt: skip
+    pair = (2, B, HK, T) if threshold_grad else (2, 0)
+    above, below = torch.empty(pair, dtype=torch.int32, device=device)
+    pages = {name: meta[name] for name in ("PAGE_SIZE", "HAS_SCALAR", "PRECISION")}
+    pages |= {"NUM_FEATURES": F, "WITH_IDS": threshold_grad}
     forced = (meta["sink_pages"], meta["recent_pages"])
     starts = layout.start.stride()
     block_t = select["BLOCK_T"]
@@ -392,9 +318,8 @@ def select_tiles(fq, nq, fp, fs, layout, meta: dict, select: dict, threshold_gra
     )  # fmt: skip
     block_t, block_s = meta["BLOCK_T"], meta["BLOCK_S"]
     NQB, NKB = triton.cdiv(T, block_t), triton.cdiv(T, block_s)
-    tiles = Tiles(
-        *(torch.empty(B * HK, *shape, dtype=torch.int32, device=device) for shape in ((NQB, NKB), (NQB,), (NKB, NQB), (NKB,)))
-    )
+    shapes = ((NQB, NKB), (NQB,), (NKB, NQB), (NKB,))
+    tiles = Tiles(*(torch.empty(B * HK, *shape, dtype=torch.int32, device=device) for shape in shapes))
     is_open = torch.zeros(B * HK, NQB, NKB, dtype=torch.uint8, device=device)
     _soft_mask_fwd_tiles_kernel[(NQB, B * HK)](
         fq, nq, fp, fs, layout.start, theta, below, is_open, tiles.rows, tiles.num_rows, *starts, T, N, NQB, NKB, HK,

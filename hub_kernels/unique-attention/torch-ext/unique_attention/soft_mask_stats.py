@@ -1,7 +1,6 @@
 """Features of queries and pages whose dot product is the page score (Eq. 1-3, linear forms), forward and backward.
-
-Every form here is linear in what it reads of the query, so the vote "mean" over the query heads of a kv head can be taken on
-the features: `score[t, p] = fq[t] . fp[p] + nq[t] * fs[p]`.
+Every form here is linear in what it reads of the query, so the vote "mean" over the query heads of a kv head can be
+taken on the features: `score[t, p] = fq[t] . fp[p] + nq[t] * fs[p]`.
 
 | form   | fq                                | fp         | nq                | fs           |
 |--------|-----------------------------------|------------|-------------------|--------------|
@@ -9,8 +8,9 @@ the features: `score[t, p] = fq[t] . fp[p] + nq[t] * fs[p]`.
 | scalar | mean_g q                          | mean       | w * mean_g ||q||  | total std    |
 | minmax | mean_g max(q, 0), mean_g min(q,0) | max, min   | -                 | -            |
 
-`fq` and `fp` are stored in the dtype of q with zero padded dims (`[B, HK, T | N, V * BLOCK_D]`), `nq` and `fs` in fp32. May
-import torch, triton and `_common`.
+`fq` and `fp` have zero padded dims (`[B, HK, T | N, V * BLOCK_D]`) and are stored in fp32 for fp32 inputs, else in
+fp16: the score needs more digits than bf16 has, and keys and queries do not need its range. `nq` and `fs` are fp32.
+May import torch, triton and `_common`.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 from ._common import FORM, MINMAX, SCALAR
-
 
 LINEAR_FORMS = ("scalar", "mean", "minmax")
 
@@ -36,21 +35,11 @@ class Features(NamedTuple):
 
 @triton.jit(do_not_specialize=["T", "HK"])
 def _soft_mask_fwd_query_features_kernel(
-    q_ptr,
-    fq_ptr,
-    nq_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    T,
-    HK,
-    weight,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    FORM: tl.constexpr,
-):
+    q_ptr, fq_ptr, nq_ptr,
+    stride_qb, stride_qh, stride_qt,
+    T, HK, weight,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
     """Program (block of queries, b * HK) writes fq and nq of its queries: Eq. 3, vote "mean"."""
     pid_t = tl.program_id(0).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
@@ -83,25 +72,11 @@ def _soft_mask_fwd_query_features_kernel(
 
 @triton.jit(do_not_specialize=["T", "HK"])
 def _soft_mask_bwd_query_features_kernel(
-    q_ptr,
-    dfq_ptr,
-    dnq_ptr,
-    dq_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
-    T,
-    HK,
-    weight,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    FORM: tl.constexpr,
-):
+    q_ptr, dfq_ptr, dnq_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qt, stride_dqb, stride_dqh, stride_dqt,
+    T, HK, weight,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
     """Program (block of queries, b * HK) adds the gradient through fq and nq to dq."""
     pid_t = tl.program_id(0).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
@@ -138,22 +113,11 @@ def _soft_mask_bwd_query_features_kernel(
 
 @triton.jit
 def _load_pages(
-    k_ptr,
-    valid_ptr,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_mb,
-    pid_n,
-    pid_bh,
-    S,
-    HK,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
+    k_ptr, valid_ptr,
+    stride_kb, stride_kh, stride_ks, stride_mb,
+    pid_n, pid_bh, S, HK,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
     """Keys of BLOCK_N pages in fp32 `[BLOCK_N, P, BLOCK_D]` (0 where invalid), their validity, count and mean."""
     offs_s = pid_n * BLOCK_N * PAGE_SIZE + tl.arange(0, BLOCK_N * PAGE_SIZE)
     offs_d = tl.arange(0, BLOCK_D)
@@ -174,24 +138,12 @@ def _load_pages(
 
 @triton.jit(do_not_specialize=["S", "N", "HK"])
 def _soft_mask_fwd_page_features_kernel(
-    k_ptr,
-    valid_ptr,
-    fp_ptr,
-    fs_ptr,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_mb,
-    S,
-    N,
-    HK,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FORM: tl.constexpr,
+    k_ptr, valid_ptr, fp_ptr, fs_ptr,
+    stride_kb, stride_kh, stride_ks, stride_mb,
+    S, N, HK,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, FORM: tl.constexpr,
     HAS_MASK: tl.constexpr,
-):
+):  # fmt: skip
     """Program (block of pages, b * HK) writes fp and fs of its pages: Eq. 1."""
     pid_n = tl.program_id(0).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
@@ -221,29 +173,12 @@ def _soft_mask_fwd_page_features_kernel(
 
 @triton.jit(do_not_specialize=["stride_dfp", "S", "N", "HK"])
 def _soft_mask_bwd_page_features_kernel(
-    k_ptr,
-    valid_ptr,
-    dfp_ptr,
-    dfs_ptr,
-    dk_ptr,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_mb,
-    stride_dkb,
-    stride_dkh,
-    stride_dks,
-    stride_dfp,
-    S,
-    N,
-    HK,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FORM: tl.constexpr,
+    k_ptr, valid_ptr, dfp_ptr, dfs_ptr, dk_ptr,
+    stride_kb, stride_kh, stride_ks, stride_mb, stride_dkb, stride_dkh, stride_dks, stride_dfp,
+    S, N, HK,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, FORM: tl.constexpr,
     HAS_MASK: tl.constexpr,
-):
+):  # fmt: skip
     """Program (block of pages, b * HK) adds the gradient through fp and fs to dk."""
     pid_n = tl.program_id(0).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
@@ -334,7 +269,7 @@ def features(q, k, *, page_size: int, score: str, score_weight: float, valid: to
     return Features(fq, nq, fp, fs)
 
 
-def add_feature_grads(dq, dk, q, k, grads: Features, *, page_size: int, score: str, score_weight: float, valid) -> None:
+def add_feature_grads(dq, dk, q, k, grads: Features, *, page_size: int, score: str, score_weight: float, valid):
     """Adds to `dq` and `dk`, in place, what the gradients of the features hand down to q and k.
 
     Equation: 1-3 differentiated; a zero norm, a zero std and a page without valid tokens hand down nothing.
@@ -343,7 +278,7 @@ def add_feature_grads(dq, dk, q, k, grads: Features, *, page_size: int, score: s
         dq (`torch.Tensor`): `[B, H, T, D]`; dk (`torch.Tensor`): `[B, HK, S, D]`.
         q (`torch.Tensor`): As in [`features`].
         k (`torch.Tensor`): As in [`features`].
-        grads (`Features`): Gradients of `fq` (dtype of q), `nq`, `fp` and `fs` (fp32; pages past the last one are ignored).
+        grads (`Features`): Gradients of `fq` (dtype of q), `nq`, `fp` and `fs` (fp32; rows past the last page are ignored).
         page_size (`int`): Tokens per page P.
         score (`str`): One of `LINEAR_FORMS`.
         score_weight (`float`): Weight w of the offset.
@@ -360,7 +295,8 @@ def add_feature_grads(dq, dk, q, k, grads: Features, *, page_size: int, score: s
     )  # fmt: skip
     mask = grads.fp if valid is None else valid
     _soft_mask_bwd_page_features_kernel[(triton.cdiv(N, block_n), B * HK)](
-        k, mask, grads.fp, grads.fs, dk, *k.stride()[:3], mask.stride(0), *dk.stride()[:3], grads.fp.shape[2], S, N, HK,
+        k, mask, grads.fp, grads.fs, dk, *k.stride()[:3], mask.stride(0), *dk.stride()[:3], grads.fp.shape[2],
+        S, N, HK,
         D=D, BLOCK_D=block_d, BLOCK_N=block_n, PAGE_SIZE=page_size, FORM=FORM[score], HAS_MASK=valid is not None,
         num_warps=4,
     )  # fmt: skip
