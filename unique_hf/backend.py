@@ -60,7 +60,7 @@ def kernel_module() -> ModuleType:
 
 
 def adapter() -> ModuleType:
-    """The part of the kernel module that speaks to Transformers; importing it registers `attn_implementation="unique"`.
+    """The part of the kernel module that speaks to Transformers; importing it registers "unique" there.
 
     Returns:
         `ModuleType`: Attention, mask and cache layers, with the counters of what ran.

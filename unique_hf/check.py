@@ -92,8 +92,8 @@ def check(model: PreTrainedModel, **inputs: Any) -> CheckResult:
     if not result.sparse_layers:
         reasons = "; ".join(sorted({layer.reason for layer in layers})) or "it has no attention layers"
         warnings.warn(
-            f"unique attention will not run sparse in {type(model).__name__}: {reasons}. The model answers as with its "
-            "own attention, and no faster",
+            f"unique attention will not run sparse in {type(model).__name__}: {reasons}. The model answers as with "
+            "its own attention, and no faster",
             stacklevel=2,
         )
     return result

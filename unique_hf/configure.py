@@ -27,7 +27,10 @@ def text_config(model: Any) -> Any:
             f"expected a Transformers model, got {type(model).__name__} without a configuration: pass the model that "
             "`from_pretrained` returned"
         )
-    return config.get_text_config(decoder=True)
+    found = config.get_text_config(decoder=True)
+    # encoder-decoder models without a text configuration get a pruned copy, which no module reads
+    held = {id(getattr(module, "config", None)) for module in model.modules()}
+    return found if id(found) in held else config
 
 
 def configure(model: PreTrainedModel, **settings: Any) -> Any:

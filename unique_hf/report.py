@@ -12,7 +12,8 @@ from .backend import adapter
 from .table import render
 
 COLUMNS = (
-    "sparse_rows", "dense_rows", "prompt_rows", "soft_rows", "pages_read", "pages_present", "bytes_read", "bytes_dense",
+    "sparse_rows", "dense_rows", "prompt_rows", "soft_rows",
+    "pages_read", "pages_present", "bytes_read", "bytes_dense",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def beams(model, inputs):
 
 
 def assisted(model, inputs):
-    """Drafts of a near copy, some accepted and some not, so the cache is cropped; then plain decoding on that cache."""
+    """Drafts of a near copy, some accepted, some not, so the cache is cropped; then plain decoding on that cache."""
     assistant = copy.deepcopy(model)
     assistant.set_attn_implementation("sdpa")
     with torch.no_grad():

@@ -44,9 +44,9 @@ def register() -> None:
         if version != ADAPTER_VERSION:
             found = f"version {version} of this adapter" if version is not None else "another package"
             raise RuntimeError(
-                f"expected the cache layer {stock.__name__}, got {current.__module__}.{current.__qualname__} of {found}: "
-                "copies that do not fit cannot run in one process. Use either the installed unique_hf or the Hub kernel, "
-                "or bring both to the same version"
+                f"expected the cache layer {stock.__name__}, got {current.__module__}.{current.__qualname__} of "
+                f"{found}: copies that do not fit cannot run in one process. Use either the installed unique_hf or "
+                "the Hub kernel, or bring both to the same version"
             )
     for mapping, stock, ours in _LAYERS:
         ours.unique_adapter_version = ADAPTER_VERSION

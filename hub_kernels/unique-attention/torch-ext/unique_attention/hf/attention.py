@@ -9,10 +9,10 @@ import torch
 
 from .. import ops
 from ..settings import UniqueConfig
-from . import activity, modes
+from . import activity, modes, soft
 from .cache import UniqueDynamicLayer, UniqueStaticLayer, layer_of
 from .dense import dense_attention
-from .masks import MaskFacts, facts_of, is_lower_right, is_plain
+from .masks import MaskFacts, facts_of
 from .modes import DENSE, PREFILL, SOFT, SPARSE, Mode, decide
 from .settings import settings_of
 
@@ -65,13 +65,14 @@ def unique_attention_forward(
             "attn_implementation='unique' has no attention weights to return: for `output_attentions` load the model "
             "with attn_implementation='eager'"
         )
+    if mode.kind in (SOFT, PREFILL) and not torch.compiler.is_compiling():
+        _refuse_sequence_parallelism()
     facts = facts_of(attention_mask, query.shape[0]) if mode.kind != DENSE else None
     if mode.kind == SOFT:
-        mode, packing = _check_soft(mode, query, attention_mask, facts, kwargs)
+        mode, where = soft.read_mask(mode, query, attention_mask, facts, kwargs)
         if mode.kind == SOFT:
             _count(module, mode, query, key, value)
-            token_mask = None if facts is None or packing is not None else facts.token_mask
-            return _soft(module, query, key, value, token_mask, packing, call), None
+            return soft.soft_attention(settings_of(module.config), query, key, value, **where, **call), None
     if mode.kind == SPARSE:
         return _decode(module, mode, query, key, value, facts, layer, call), None
     if mode.kind == PREFILL:
@@ -159,8 +160,8 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise RuntimeError(
-            "sparse decode has no gradient: run decode steps under torch.no_grad(), or train on whole sequences, where "
-            "the soft mask is used"
+            "sparse decode has no gradient: run decode steps under torch.no_grad(), or train on whole sequences, "
+            "where the soft mask is used"
         )
 
 
@@ -210,69 +211,6 @@ def _count_pages(counts, settings, query, key, value, stats, page_ids, facts, la
     total = mass[sparse].sum()
     counts.recall_sum = total if counts.recall_sum is None else counts.recall_sum + total
     counts.recall_rows += len(sparse)
-
-
-def _check_soft(mode: Mode, query, mask, facts, kwargs) -> tuple[Mode, torch.Tensor | None]:
-    """The soft mask knows causality, padding and packed documents; anything else in the mask means dense."""
-    _refuse_sequence_parallelism()
-    packing = _packing(query, mask, kwargs)
-    if packing is None and (is_lower_right(mask) or (facts is not None and not is_plain(mask, facts))):
-        return Mode(DENSE, "a mask that is not causal and padding", fallback=True), None
-    return mode, packing
-
-
-def _packing(query, mask, kwargs) -> torch.Tensor | None:
-    """Document boundaries over the flattened batch, `[documents + 1]` int32, where the batch is packed."""
-    batch, length = query.shape[0], query.shape[2]
-    bounds = kwargs.get("cu_seq_lens_q")
-    if bounds is not None:
-        return bounds.to(device=query.device, dtype=torch.int32)
-    position_ids = kwargs.get("position_ids")
-    facts = getattr(mask, "_unique_facts", None)
-    if mask is None or position_ids is None or position_ids.dim() != 2 or (facts is not None and facts.plain):
-        # without a mask nothing was packed: Transformers looks for packing wherever no mask is given
-        return None
-    known = getattr(mask, "_unique_packing", None)
-    if known is None:
-        rows = position_ids.expand(batch, -1)
-        begins = torch.ones_like(rows, dtype=torch.bool)
-        begins[:, 1:] = rows[:, 1:] != rows[:, :-1] + 1
-        known = begins.flatten().nonzero().flatten()
-        known = torch.cat([known, known.new_tensor([batch * length])]).to(torch.int32)
-        mask._unique_packing = known
-    # one document per row is no packing
-    return known if known.numel() > batch + 1 else None
-
-
-def _soft(module, query, key, value, token_mask, packing, call) -> torch.Tensor:
-    settings = settings_of(module.config)
-    batch, length = query.shape[0], query.shape[2]
-    flat = packing is not None and batch > 1
-    if flat:
-        # the op packs one row: documents of all rows one after the other
-        query, key, value = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (query, key, value))
-    out = ops.soft_mask_attention(
-        query,
-        key,
-        value,
-        page_size=settings.page_size,
-        num_kept=settings.num_kept,
-        sink_pages=settings.sink_pages,
-        recent_pages=settings.recent_pages,
-        temperature=settings.temperature,
-        score=settings.score,
-        score_weight=settings.score_weight,
-        group_reduce=settings.group_reduce,
-        softmax_scale=call["scaling"],
-        token_mask=token_mask,
-        cu_seq_lens=packing,
-        softcap=call["softcap"],
-        sinks=call["s_aux"],
-        threshold_grad=settings.threshold_grad,
-    )
-    if flat:
-        out = out[0].unflatten(1, (batch, length)).transpose(0, 1)
-    return out.transpose(1, 2).contiguous()
 
 
 def _refuse_sequence_parallelism() -> None:

@@ -1,7 +1,7 @@
 """The mask function registered as "unique", and what the attention function reads off a mask. May import Transformers.
 
-Masks are sdpa's, with two differences: a decode step (`T == 1`) never reads the padding on the host, and a long chunk on
-a warm cache without padding gets a zero-size marker in place of a `T x S` mask.
+Masks are sdpa's, with two differences: a decode step (`T == 1`) never reads the padding on the host, and a long chunk
+on a warm cache without padding gets a zero-size marker in place of a `T x S` mask.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ class MaskFacts:
 
     Args:
         token_mask (`torch.Tensor`): `[B, S]` bool, keys that some query sees.
-        plain (`bool`, *optional*): Whether the mask is causal and padding, nothing else; `None`: not known yet.
+        plain (`bool`, *optional*): Whether the mask is causal and padding, nothing else; `None`: not known yet. The
+            training path keeps the answer here, and the boundaries of packed documents in `bounds`.
     """
 
-    __slots__ = ("token_mask", "plain", "_starts", "_starts_host")
+    __slots__ = ("token_mask", "plain", "bounds", "_starts", "_starts_host")
 
     def __init__(self, token_mask: torch.Tensor, plain: bool | None = None):
         self.token_mask = token_mask
         self.plain = plain
+        self.bounds: torch.Tensor | None = None
         self._starts: torch.Tensor | None = None
         self._starts_host: list[int] | None = None
 
@@ -125,21 +127,25 @@ def facts_of(mask: torch.Tensor | None, batch_size: int) -> MaskFacts | None:
     return facts
 
 
-def is_plain(mask: torch.Tensor, facts: MaskFacts) -> bool:
-    """Whether a square boolean mask is causal and padding and nothing else; compared once per forward.
+def matches(mask: torch.Tensor, token_mask: torch.Tensor, documents: torch.Tensor | None = None) -> bool:
+    """Whether a boolean mask is causal, padding and documents, and nothing else.
 
     Args:
-        mask (`torch.Tensor`): `[B, 1, T, T]` bool.
-        facts (`MaskFacts`): Its facts, which remember the answer.
+        mask (`torch.Tensor`): 4-D bool.
+        token_mask (`torch.Tensor`): `[B, T]` bool, tokens that count.
+        documents (`torch.Tensor`, *optional*): `[B, T]`, document of each token.
     Returns:
-        `bool`: One device sync where the mask was not made by `unique_mask`.
+        `bool`: One device sync.
     """
-    if facts.plain is None:
-        length = mask.shape[-1]
-        facts.plain = mask.shape[1] == 1 and mask.shape[2] == length
-        steps = torch.arange(length, device=mask.device)
-        for begin in range(0, length if facts.plain else 0, 1024):
-            rows = mask[:, 0, begin : begin + 1024]
-            causal = steps[begin : begin + 1024, None] >= steps
-            facts.plain = facts.plain and bool((rows == (causal & facts.token_mask[:, None])).all())
-    return facts.plain
+    length = mask.shape[-1]
+    if mask.shape[1] != 1 or mask.shape[2] != length:
+        return False
+    steps = torch.arange(length, device=mask.device)
+    equal = torch.ones((), dtype=torch.bool, device=mask.device)
+    for begin in range(0, length, 1024):
+        rows = slice(begin, begin + 1024)
+        expected = (steps[rows, None] >= steps) & token_mask[:, None]
+        if documents is not None:
+            expected &= documents[:, rows, None] == documents[:, None]
+        equal &= (mask[:, 0, rows] == expected).all()
+    return bool(equal)

@@ -30,6 +30,9 @@ def spare_capacity(length: int, page_size: int) -> int:
 
 def writable(tensor: torch.Tensor) -> bool:
     """Whether in-place writes are allowed here: tensors born in inference mode are read-only outside it."""
+    if torch.compiler.is_compiling():
+        # not traceable, and compiled steps stay in the mode they were traced in
+        return True
     return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
@@ -69,8 +72,8 @@ class PageIndex:
         if self.built_with is not None and key != self.built_with:
             if key[0] != self.built_with[0]:
                 raise ValueError(
-                    f"expected page_size={self.built_with[0]}, with which this cache was filled, got page_size={key[0]}: "
-                    "start a new cache (past_key_values=None), or configure the model back to the cache's page size"
+                    f"expected page_size={self.built_with[0]}, with which this cache was filled, got "
+                    f"page_size={key[0]}: start a new cache (past_key_values=None), or configure the model back"
                 )
             # another score or storage needs other numbers per page; they are recomputed from the cached keys
             self.forget()
