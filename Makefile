@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 PARALLEL := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format kernel wheel bench clean
+.PHONY: help demo test test-oldest test-gpu lint format kernel wheel bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,11 +21,11 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "expected Python 3.10 or newer, got " + sys.version.split()[0] + ": run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt constraints-cpu.txt | $(PY)
+$(VENV)/.demo: pyproject.toml $(wildcard constraints*.txt) | $(PY)
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt constraints-cpu.txt | $(PY)
+$(VENV)/.dev: pyproject.toml $(wildcard constraints*.txt) | $(PY)
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
@@ -37,6 +37,9 @@ test: $(VENV)/.dev  ## all CPU tests: kernels under the Triton interpreter, then
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(PARALLEL) || status=1; \
 	$(PYTEST) tests --ignore=tests/kernels $(PARALLEL) || status=1; \
 	exit $$status
+
+test-oldest:  ## the same tests on the oldest supported Transformers, in .venv-oldest
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-gpu: $(VENV)/.dev  ## the tests that need a CUDA device
 	$(PYTEST) tests -m gpu
@@ -61,4 +64,4 @@ bench: $(VENV)/.dev  ## decode benchmark on a CUDA device, after its tests are g
 	$(PY) -m benchmarks.decode
 
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest dist build .pytest_cache .ruff_cache

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_loopback_token"
+KERNEL_CLIENT = "2.0"  # the first huggingface_hub that creates and fills repositories of type "kernel"
 LFS_FROM_BYTES = 64 * 1024
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt")
 API = re.compile(r"/api/(models|datasets|spaces|kernels)/([^/]+/[^/]+)(?:/([a-z-]+)(?:/([^/]+)(?:/(.+))?)?)?$")

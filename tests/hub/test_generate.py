@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from tests.hub.loopback import LoopbackHub
+from tests.hub.loopback import KERNEL_CLIENT, LoopbackHub
 from tests.processes import run_python
 
 pytest.importorskip("kernels")
@@ -81,25 +81,22 @@ def test_the_pip_route_is_sparse(by_pip):
 
 
 def test_local_kernels_gives_the_tokens_of_the_pip_route(generate, by_pip, staged_kernel):
-    code = f"result = logits({REPO!r})"
-    assert_same(generate(code, env={"LOCAL_KERNELS": f"{REPO}={staged_kernel}"}), by_pip["unique"])
-
-
-def test_set_attn_implementation_to_a_kernel(generate, by_pip, staged_kernel):
     code = f"""
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
 before = logits(None, model)
 model.set_attn_implementation({REPO!r})
-result = {{"before": before, "kernel": logits(None, model)}}
+result = {{"before": before, "set": logits(None, model), "loaded": logits({REPO!r})}}
 model.set_attn_implementation("sdpa")
 result["after"] = logits(None, model)"""
     result = generate(code, env={"LOCAL_KERNELS": f"{REPO}={staged_kernel}"})
-    assert_same(result["kernel"], by_pip["unique"])
+    assert_same(result["loaded"], by_pip["unique"])
+    assert_same(result["set"], by_pip["unique"])
     for when in ("before", "after"):
         assert torch.equal(result[when]["logits"], by_pip["sdpa"]["logits"]), when
 
 
 def test_hub_kernel_gives_the_tokens_of_the_pip_route(generate, by_pip, hub, staged_kernel, tmp_path):
+    pytest.importorskip("huggingface_hub", minversion=KERNEL_CLIENT)
     publish = f"""
 from huggingface_hub import HfApi
 api = HfApi()
@@ -108,10 +105,10 @@ api.create_branch({REPO!r}, branch="v1", repo_type="kernel")
 api.upload_folder(repo_id={REPO!r}, folder_path={str(staged_kernel)!r}, repo_type="kernel", revision="v1")"""
     env = hub.environment(tmp_path)
     run_python(publish, paths=(), env=env)
-    assert_same(generate(f"result = logits({REPO!r})", env=env), by_pip["unique"])
-    hub.trusted = ()
-    code = f"result = logits('{REPO}@v1', allow_all_kernels=True)"
-    assert_same(generate(code, env=hub.environment(tmp_path)), by_pip["unique"])
+    code = f"result = {{'trusted': logits({REPO!r}), 'pinned': logits('{REPO}@v1', allow_all_kernels=True)}}"
+    result = generate(code, env=env)
+    assert_same(result["trusted"], by_pip["unique"])
+    assert_same(result["pinned"], by_pip["unique"])
 
 
 def test_kernel_and_pip_route_share_a_process(generate, by_pip, staged_kernel):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.hub.loopback import LoopbackHub
+from tests.hub.loopback import KERNEL_CLIENT, LoopbackHub
 from tests.processes import ROOT, run_python
 
 pytest.importorskip("kernels")
@@ -26,6 +26,7 @@ def hub():
 @pytest.fixture(scope="module")
 def published(hub, staged_kernel, tmp_path_factory):
     """Runs the publishing block of the card as it stands, with its placeholders filled in."""
+    pytest.importorskip("huggingface_hub", minversion=KERNEL_CLIENT)
     card = (ROOT / "hub_kernels/unique-attention/CARD.md").read_text()
     block = next(b for b in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "upload_folder" in b)
     code = block.replace("<org>/unique-attention", REPO).replace("dist/kernel", str(staged_kernel))
@@ -100,7 +101,7 @@ def test_wrong_token_and_missing_repository_are_clear(hub, tmp_path):
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 try:
-    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="acme/none", repo_type="kernel")
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="acme/none")
 except HfHubHTTPError as error:
     print(type(error).__name__, error.response.status_code)"""
     assert run_python(code, env=hub.environment(tmp_path)) == ["RepositoryNotFoundError", "404"]

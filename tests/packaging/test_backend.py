@@ -19,9 +19,9 @@ def test_staged_folder_by_variable(staged_kernel):
     assert name.startswith("_unique_attention_cpu_") and same == "True"
 
 
-@pytest.mark.parametrize("source", ["unique", "a/b/c", "org/", "/", "org/name@"])
+@pytest.mark.parametrize("source", ["unique", "a/b/c", "org/", "org/name@"])
 def test_bad_source_says_what_to_change(source):
-    with pytest.raises((ValueError, FileNotFoundError), match="UNIQUE_HF_KERNEL|make kernel|variant") as error:
+    with pytest.raises(ValueError, match="UNIQUE_HF_KERNEL") as error:
         load_kernel(source)
     assert source in str(error.value)
 
