@@ -129,12 +129,17 @@ def test_gradient_through_a_sparse_step_is_an_error_not_a_wrong_number():
         out.logits.sum().backward()
 
 
-def test_model_without_the_interface_is_named_by_check():
-    config = AutoConfig.for_model("bloom", vocab_size=99, hidden_size=64, n_layer=2, n_head=4)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    # such models refuse the name or ignore it, depending on the version; what counts is what `check` says
-    model.config._attn_implementation_internal = "unique"
+def test_model_without_the_interface_is_named_by_check_and_stays_exact():
+    config = AutoConfig.for_model("bloom", vocab_size=99, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.3)
+    models = []
+    for attention in ("eager", "unique"):
+        torch.manual_seed(0)
+        models.append(AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval())
+    own, ours = models
     with pytest.warns(UserWarning, match="does not use Transformers' attention interface"):
-        found = unique_hf.check(model)
+        found = unique_hf.check(ours)
     assert len(found.dense_layers) == 2 and not found.sparse_layers
     assert "computes its own attention" in str(found)
+    arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True}
+    runs = [m.generate(**batch(), **arguments, return_dict_in_generate=True) for m in (own, ours)]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].logits, runs[1].logits, strict=True))

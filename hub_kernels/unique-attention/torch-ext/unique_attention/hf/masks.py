@@ -6,14 +6,48 @@ on a warm cache without padding gets a zero-size marker in place of a `T x S` ma
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 # from this many mask elements on, an unpadded chunk on a warm cache is marked instead of masked
 MARK_FROM = 1 << 20
+
+
+# configuration class -> whether its model adds the mask to the logits itself; filled by `wants_additive_mask`
+_ADDITIVE: dict[type, bool] = {}
+
+
+def wants_additive_mask(config: Any) -> bool:
+    """Whether a model needs the additive mask of "eager" under any name of attention, read off its modelling file.
+
+    Two kinds do: models without Transformers' attention interface (bloom, mpt, ...), which accept any registered name and
+    compute their own attention, and models that append additive entries to the mask and never run with sdpa.
+
+    Args:
+        config (`PreTrainedConfig`): A model's configuration.
+    Returns:
+        `bool`: `False` also where the source cannot be read.
+    """
+    kind = type(config)
+    known = _ADDITIVE.get(kind)
+    if known is not None or torch.compiler.is_compiling():
+        return bool(known)
+    module = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
+    try:
+        source = "" if module is None else inspect.getsource(module)
+    except (OSError, TypeError):
+        source = ""
+    # a file without an attention class runs the layers of another file
+    own_attention = "ALL_ATTENTION_FUNCTIONS" not in source and re.search(r"class \w*Attention\w*\(", source)
+    appends = "_supports_sdpa = True" not in source and "torch.cat([attention_mask" in source
+    _ADDITIVE[kind] = bool(own_attention or appends)
+    return _ADDITIVE[kind]
 
 
 class MaskFacts:
@@ -82,6 +116,8 @@ def unique_mask(
     """
     sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     sizes.update(q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, local_size=local_size)
+    if wants_additive_mask(kwargs.get("config")):
+        return eager_mask(**sizes, attention_mask=attention_mask, **kwargs)
     if q_length == 1 and attention_mask is not None:
         # sdpa would ask the device whether anything is padded, once per step
         allow_is_causal_skip = False

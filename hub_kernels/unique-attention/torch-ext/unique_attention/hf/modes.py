@@ -95,7 +95,7 @@ def decide(
     if query.shape[2] > 1:
         learning = torch.is_grad_enabled() and query.requires_grad
         # without a cache a pass without grad belongs to training too: evaluation loss, log-probs of a policy
-        if learning or (layer is None and not kwargs.get("use_cache")):
+        if learning or (layer is None and kwargs.get("use_cache") is False):
             if query.shape[2] != key.shape[2]:
                 return Mode(DENSE, "several new tokens on a warm cache, with grad", fallback=learning)
             if float_mask:
