@@ -2,14 +2,18 @@
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import unique_hf
 from tests.integration import brute
 from tests.integration.tiny import batch, greedy, make
+from unique_attention.hf.attention import _warn_once
+from unique_attention.hf.masks import is_lower_right, unique_mask
 
 SPARSE = {"page_size": 4, "budget": 16, "stats_dtype": "fp32"}
 PADDED = batch(rows=2, length=40, padding=(13, 0))
@@ -71,6 +75,70 @@ def explicit(model, inputs):
     return greedy(model, inputs, past_key_values=unique_hf.UniqueCache(config=model.config))
 
 
+def captured(model, inputs):
+    """What a runner of a captured step does: lengths on the device, shapes and addresses fixed, no mask."""
+    padding, found = inputs["attention_mask"].logical_not().sum(-1, keepdim=True), []
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        layers, length = out.past_key_values.layers, inputs["input_ids"].shape[1]
+        seq_lens = torch.full((len(padding),), length)
+        for layer in layers:
+            layer.enter_fixed(seq_lens, capacity=length + 20)
+        for _ in range(8):
+            found.append(out.logits[:, -1:].argmax(-1))
+            seq_lens += 1
+            position_ids = seq_lens[:, None] - padding - 1
+            out = model(found[-1], position_ids=position_ids, past_key_values=out.past_key_values)
+        for layer in layers:
+            layer.leave_fixed(length + 8)
+        assert out.past_key_values.get_seq_length() == length + 8
+    return torch.cat(found, dim=1)
+
+
+def by_hand_masked(model, inputs):
+    mask, found = inputs["attention_mask"], []
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        for _ in range(8):
+            found.append(out.logits[:, -1:].argmax(-1))
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            position_ids = mask.sum(-1, keepdim=True) - 1
+            out = model(found[-1], attention_mask=mask, position_ids=position_ids, past_key_values=out.past_key_values)
+    return torch.cat(found, dim=1)
+
+
+class OffloadedCache(DynamicCache):
+    """Offloading as `Cache` does it, without the streams that need a GPU."""
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        self.layers[layer_idx].prefetch()
+        found = super().update(keys, values, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        layer.offload()
+        # on the CPU nothing moves; what the GPU would see is that the layer's tensors are others than those returned
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        return found
+
+
+def offloaded(model, inputs):
+    return greedy(model, inputs, past_key_values=OffloadedCache(config=model.config))
+
+
+def copied(model, inputs):
+    """One prompt, two continuations from deep copies of its cache, and the original at the end."""
+    cache, found = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    length = inputs["input_ids"].shape[1]
+    for first, kept in ((5, copy.deepcopy(cache)), (6, copy.deepcopy(cache)), (5, cache)):
+        ids = torch.nn.functional.pad(inputs["input_ids"], (0, 1), value=first)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        out = model.generate(ids, attention_mask=mask, past_key_values=kept, max_new_tokens=7, do_sample=False)
+        found.append(out[:, length:])
+    assert found[0].tolist() == found[2].tolist() != found[1].tolist()
+    return torch.cat(found)
+
+
 def static(model, inputs):
     return greedy(model, inputs, cache_implementation="static")
 
@@ -106,9 +174,13 @@ CASES = {
     "two turns": (turns, PLAIN, None),
     "two turns padded": (turns, PADDED, None),
     "explicit cache": (explicit, PADDED, None),
+    "offloaded": (offloaded, PADDED, greedy),
+    "deep copies": (copied, PADDED, None),
     "static": (static, PLAIN, greedy),
     "static padded": (static, PADDED, greedy),
     "static by hand": (static_by_hand, PLAIN, by_hand_unmasked),
+    "captured": (captured, PLAIN, by_hand_masked),
+    "captured padded": (captured, PADDED, by_hand_masked),
 }
 
 
@@ -121,7 +193,9 @@ def models():
 @pytest.fixture(scope="module")
 def dense(models):
     """sdpa's tokens of every case, computed once."""
-    return {name: run(models["sdpa"], inputs) for name, (run, inputs, _) in CASES.items()}
+    # only our layers have the fixed form
+    runs = {name: by_hand_masked if run is captured else run for name, (run, _, _) in CASES.items()}
+    return {name: run(models["sdpa"], CASES[name][1]) for name, run in runs.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -131,8 +205,9 @@ def test_all_pages_kept_gives_the_tokens_of_sdpa(models, dense, case):
     unique_hf.configure(model, page_size=4, budget=1024)
     unique_hf.report(model, reset=True)
     assert run(model, inputs).tolist() == dense[case].tolist()
-    found = unique_hf.report(model)
-    assert found.pages_read == found.pages_present > 0
+    if run is not captured:  # its steps are the runner's to count
+        found = unique_hf.report(model)
+        assert found.pages_read == found.pages_present > 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -144,9 +219,39 @@ def test_few_pages_kept_gives_the_tokens_of_brute_force(models, dense, case):
     expected = (brute_run or run)(models["brute"], inputs)
     assert run(model, inputs).tolist() == expected.tolist()
     assert expected.tolist() != dense[case].tolist(), "the pages left out do not matter here: the case shows nothing"
-    found = unique_hf.report(model)
-    assert found.sparse_rows > 0
-    assert found.pages_read < found.pages_present
+    if run is not captured:
+        found = unique_hf.report(model)
+        assert found.sparse_rows > 0
+        assert found.pages_read < found.pages_present
+
+
+@pytest.mark.parametrize("budget", [16, 1024])
+def test_long_chunks_without_a_mask_give_the_same_tokens(models, dense, monkeypatch, budget):
+    model = models["unique"]
+    unique_hf.configure(model, **{**SPARSE, "budget": budget})
+    expected = greedy(model, PLAIN)
+    marked = []
+
+    def marking(*args, **kwargs):
+        mask = unique_mask(*args, **kwargs)
+        marked.append(is_lower_right(mask))
+        return mask
+
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "unique", marking)
+    monkeypatch.setattr("unique_attention.hf.masks.MARK_FROM", 1)
+    assert greedy(model, PLAIN, prefill_chunk_size=9).tolist() == expected.tolist()
+    assert sum(marked) == 4, "every chunk but the first is marked"
+    assert (expected.tolist() == dense["greedy"].tolist()) == (budget == 1024)
+
+
+def test_threads_do_not_disturb_each_other(models):
+    model, inputs = models["unique"], [PLAIN, PADDED, SINGLE]
+    unique_hf.configure(model, **SPARSE)
+    alone = [greedy(model, given).tolist() for given in inputs]
+    unique_hf.report(model, reset=True)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda given: greedy(model, given).tolist(), inputs))
+    assert together == alone
 
 
 def test_generation_without_cache_runs_the_soft_mask(models):
@@ -173,6 +278,7 @@ def test_stock_cache_is_dense_and_says_so_once(models, dense):
     reason, messages = "keys do not come from a cache of unique attention", Messages()
     logger = logging.getLogger("transformers.unique_attention")
     logger.addHandler(messages)
+    _warn_once.cache_clear()
     try:
         for _ in range(2):
             tokens = greedy(models["unique"], PLAIN, past_key_values=DynamicCache())

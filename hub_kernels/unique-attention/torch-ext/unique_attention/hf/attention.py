@@ -12,7 +12,7 @@ from ..settings import UniqueConfig
 from . import activity, modes, soft
 from .cache import UniqueDynamicLayer, UniqueStaticLayer, layer_of
 from .dense import dense_attention
-from .masks import MaskFacts, facts_of
+from .masks import MaskFacts, facts_of, unique_mask
 from .modes import DENSE, PREFILL, SOFT, SPARSE, Mode, decide
 from .settings import settings_of
 
@@ -66,7 +66,7 @@ def unique_attention_forward(
             "with attn_implementation='eager'"
         )
     if mode.kind in (SOFT, PREFILL) and not torch.compiler.is_compiling():
-        _refuse_sequence_parallelism()
+        _look_at_tables(module)
     facts = facts_of(attention_mask, query.shape[0]) if mode.kind != DENSE else None
     if mode.kind == SOFT:
         mode, where = soft.read_mask(mode, query, attention_mask, facts, kwargs)
@@ -213,12 +213,18 @@ def _count_pages(counts, settings, query, key, value, stats, page_ids, facts, la
     counts.recall_rows += len(sparse)
 
 
-def _refuse_sequence_parallelism() -> None:
+def _look_at_tables(module) -> None:
+    """On calls of several tokens: refuse wrappers that split sequences, and bring our mask under a Hub name too."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    for registered in (ALL_ATTENTION_FUNCTIONS.get("unique"), ALL_ATTENTION_FUNCTIONS.get("sdpa")):
-        if (getattr(registered, "__module__", None) or "").split(".")[0] == "deepspeed":
-            raise NotImplementedError(
-                "expected whole sequences, got DeepSpeed's sequence parallelism around the attention function: page "
-                "scores need all tokens of a row. Set sp_size=1, or train with attn_implementation='sdpa'"
-            )
+    name = module.config._attn_implementation
+    registered = ALL_ATTENTION_FUNCTIONS.get(name)
+    if (getattr(registered, "__module__", None) or "").split(".")[0] == "deepspeed":
+        raise NotImplementedError(
+            "expected whole sequences, got DeepSpeed's sequence parallelism around the attention function: page "
+            "scores need all tokens of a row. Set sp_size=1, or train with attn_implementation='sdpa'"
+        )
+    if registered is unique_attention_forward and ALL_MASK_ATTENTION_FUNCTIONS.get(name) is sdpa_mask:
+        # Transformers registers a kernel from the Hub with sdpa's masks, which read the padding at every step
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, unique_mask)

@@ -26,8 +26,8 @@ _ADDITIVE: dict[type, bool] = {}
 def wants_additive_mask(config: Any) -> bool:
     """Whether a model needs the additive mask of "eager" under any name of attention, read off its modelling file.
 
-    Two kinds do: models without Transformers' attention interface (bloom, mpt, ...), which accept any registered name and
-    compute their own attention, and models that append additive entries to the mask and never run with sdpa.
+    Two kinds do: models without Transformers' attention interface (bloom, mpt, ...), which accept any registered name
+    and compute their own attention, and models that append additive entries to the mask and never run with sdpa.
 
     Args:
         config (`PreTrainedConfig`): A model's configuration.
