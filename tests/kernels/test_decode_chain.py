@@ -164,7 +164,8 @@ def test_select_pages_matches_reference(kind, pages):
 def test_select_pages_reads_long_rows_in_tiles(monkeypatch):
     from unique_attention import page_select
 
-    monkeypatch.setattr(page_select, "MAX_TILE", 1024)
+    plan = page_select.SelectPlan(4, 1024, 512, False)
+    monkeypatch.setattr(page_select, "plan_selection", lambda *_: plan)
     scores = torch.randn(1, 1, 3000, device=DEVICE).round(decimals=1)
     settings = {"num_kept": 700, "sink_pages": 2, "recent_pages": 3, "page_size": 4}
     actual = ops.select_pages(scores, **settings, impl="triton")

@@ -62,14 +62,14 @@ def stride_of(tensor: torch.Tensor | None) -> int:
 
 
 def page_strides(tensor: torch.Tensor, paged: bool, page_dim: int = 2) -> tuple[int, int, int]:
-    """Strides (row, head, page) of per-page storage: `[B, HK, N, ...]`, or `[num_pages, HK, ...]` with a page table."""
+    """Strides (row, head, page) of per-page storage `[B, HK, N, ...]`; with a page table `[num_pages, HK, ...]`."""
     if paged:
         return 0, tensor.stride(1), tensor.stride(0)
     return tensor.stride(0), tensor.stride(1), tensor.stride(page_dim)
 
 
 def token_strides(tensor: torch.Tensor, paged: bool, page_size: int) -> tuple[int, int, int, int]:
-    """Strides (row, head, page, token) of keys or values: `[B, HK, S, D]`, or `[num_pages, HK, P, D]` with a page table."""
+    """Strides (row, head, page, token) of a cache `[B, HK, S, D]`; with a page table `[num_pages, HK, P, D]`."""
     if paged:
         return 0, tensor.stride(1), tensor.stride(0), tensor.stride(2)
     return tensor.stride(0), tensor.stride(1), tensor.stride(2) * page_size, tensor.stride(2)
@@ -130,3 +130,10 @@ def decode_fp8(bits, NATIVE_FP8: tl.constexpr):
         half = ((wide & 0x7F) << 7) | ((wide & 0x80) << 8)
         x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     return x
+
+
+@triton.jit
+def int4_dims(offs_c, half, C: tl.constexpr):
+    """The dim in the low (`half` 0) or high (1) nibble of byte `offs_c`; groups of 32 dims take 16 bytes."""
+    group = offs_c // 16
+    return group * 32 + half * (tl.minimum(32, 2 * C - group * 32) // 2) + offs_c % 16

@@ -1,121 +1,40 @@
 """The public operations: validate, allocate, choose Triton or the reference. Triton is imported inside the calls.
 
-Layouts, lengths, page tables and statistics are those of `reference.py`, which is the specification of every operation here.
+Layouts, lengths, page tables and statistics are those of `reference.py`, the specification of every operation here.
 """
 
 from __future__ import annotations
-
-import importlib
-import os
 
 import torch
 from torch import Tensor
 
 from . import reference
+from ._checks import (
+    check_choice,
+    check_dims,
+    check_heads,
+    check_page_size,
+    check_triton_dims,
+    empty_stats,
+    kernels,
+    resolve_scale,
+    use_triton,
+)
+from .ops_training import soft_mask_attention
 from .reference import PageStats
-from .settings import GROUP_REDUCES, SCORES, STATS_DTYPES, UniqueConfig, resolve_score_weight, vectors_per_page
+from .settings import GROUP_REDUCES, SCORES, STATS_DTYPES, UniqueConfig, resolve_score_weight
 
-
-MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_CODES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-    "int4": torch.uint8,
-}
-# scores that only the reference computes: baselines and studies
-REFERENCE_SCORES = ("oracle", "principal")
-
-
-def _kernels(name: str):
-    return importlib.import_module(f".{name}", __package__)
-
-
-def _use_triton(tensor: Tensor, impl: str | None, score: str = "scalar") -> bool:
-    """Triton on GPUs (and under its interpreter), the reference elsewhere and for the scores that only it computes."""
-    if impl not in (None, "triton", "reference"):
-        raise ValueError(f"`impl` must be None, 'triton' or 'reference', got {impl!r}.")
-    if impl == "triton" and score in REFERENCE_SCORES:
-        raise NotImplementedError(f"score={score!r} has no Triton kernel; use impl='reference' or another score.")
-    if impl is not None:
-        return impl == "triton"
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    return score not in REFERENCE_SCORES and (tensor.device.type in ("cuda", "xpu") or interpreted)
-
-
-def _check_page_size(page_size: int):
-    if page_size < 2 or page_size > 128 or page_size & (page_size - 1):
-        raise ValueError(f"`page_size` must be a power of two from 2 to 128, got {page_size}.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]):
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def _check_heads(q: Tensor, num_kv_heads: int):
-    if q.dim() != 4 or q.shape[2] != 1:
-        raise ValueError(f"`q` must be [B, H, 1, D] (one token per row), got {list(q.shape)}.")
-    if q.shape[1] % num_kv_heads:
-        raise ValueError(f"{q.shape[1]} query heads cannot share {num_kv_heads} kv heads: expected a multiple.")
-
-
-def _check_dims(*tensors: Tensor):
-    for x in tensors:
-        if x.dtype not in FLOATS + (torch.float64,):
-            raise ValueError(
-                f"keys, values and queries must be float16, bfloat16 or float32, got {x.dtype}. "
-                "Quantised caches are not supported: convert the tensor before the call."
-            )
-        if x.stride(-1) != 1:
-            raise ValueError("the last dim of keys and values must be contiguous; call `.contiguous()` first.")
-
-
-def _check_triton_dims(*tensors: Tensor):
-    for x in tensors:
-        if not MIN_HEAD_DIM <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise NotImplementedError(
-                f"the Triton kernels take head dims from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {x.shape[-1]}; "
-                "use impl='reference' or dense attention."
-            )
-        if x.dtype not in FLOATS:
-            raise NotImplementedError(
-                f"the Triton kernels take fp16, bf16 or fp32, got {x.dtype}; use impl='reference'."
-            )
-
-
-def _scale(softmax_scale: float | None, head_dim: int) -> float:
-    return head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-
-
-def empty_stats(
-    shape: tuple[int, ...], head_dim: int, *, score: str = "scalar", stats_dtype: str = "fp8", device=None
-) -> PageStats:
-    """Unwritten storage for page statistics.
-
-    Args:
-        shape (`tuple`): `(B, HK, N)`, or `(num_pages, HK)` with a page table.
-        head_dim (`int`): D of the keys.
-        score (`str`, *optional*, defaults to `"scalar"`): Score form, sets the vectors per page.
-        stats_dtype (`str`, *optional*, defaults to `"fp8"`): Storage of the vectors.
-        device (`torch.device`, *optional*): Where.
-    Returns:
-        `PageStats`: uninitialised tensors.
-    Raises:
-        ValueError: unknown `score` or `stats_dtype`.
-    """
-    _check_choice("stats_dtype", stats_dtype, STATS_DTYPES)
-    vectors = vectors_per_page(score)
-    width = (head_dim + 1) // 2 if stats_dtype == "int4" else head_dim
-    codes = torch.empty((*shape, vectors, width), dtype=_CODES[stats_dtype], device=device)
-    scales = None
-    if stats_dtype in ("fp8", "int8", "int4"):
-        groups = (head_dim + 31) // 32 if stats_dtype == "int4" else 1
-        scales = torch.empty((*shape, vectors, groups), dtype=torch.bfloat16, device=device)
-    spread = torch.empty(shape, dtype=torch.float32 if stats_dtype == "fp32" else torch.bfloat16, device=device)
-    return PageStats(codes, scales, spread)
+__all__ = [
+    "PageStats",
+    "append_tokens",
+    "empty_stats",
+    "page_scores",
+    "page_stats",
+    "select_pages",
+    "soft_mask_attention",
+    "sparse_decode",
+    "unique_decode",
+]
 
 
 def page_stats(
@@ -155,19 +74,19 @@ def page_stats(
 
     Numerics: float32 accumulation, two passes; deterministic; reads each key once; graph-safe.
     """
-    _check_page_size(page_size)
-    _check_choice("score", score, SCORES)
-    _check_choice("stats_dtype", stats_dtype, STATS_DTYPES)
-    _check_dims(k)
+    check_page_size(page_size)
+    check_choice("score", score, SCORES)
+    check_choice("stats_dtype", stats_dtype, STATS_DTYPES)
+    check_dims(k)
     if out is None and num_new is not None:
         raise ValueError("`num_new` updates statistics in place: pass them as `out`.")
     settings = {
         "page_size": page_size, "score": score, "stats_dtype": stats_dtype, "seq_lens": seq_lens,
         "seq_starts": seq_starts, "token_mask": token_mask, "page_table": page_table, "num_new": num_new,
     }  # fmt: skip
-    if score == "oracle" or not _use_triton(k, impl, score):
+    if score == "oracle" or not use_triton(k, impl, score):
         return reference.page_stats(k, **settings, out=out)
-    _check_triton_dims(k)
+    check_triton_dims(k)
     if out is None:
         shape = tuple(k.shape[:2]) if page_table is not None else (*k.shape[:2], -(-k.shape[2] // page_size))
         out = empty_stats(shape, k.shape[-1], score=score, stats_dtype=stats_dtype, device=k.device)
@@ -175,7 +94,7 @@ def page_stats(
             for field in out:
                 if field is not None:
                     field.view(torch.uint8).zero_()
-    _kernels("page_stats").page_stats(k, out, **settings)
+    kernels("page_stats").page_stats(k, out, **settings)
     return out
 
 
@@ -218,8 +137,8 @@ def append_tokens(
 
     Numerics: as [`page_stats`]; rows that share a physical page must not append to it; graph-safe.
     """
-    _check_page_size(page_size)
-    _check_dims(k_cache, v_cache, k_new, v_new)
+    check_page_size(page_size)
+    check_dims(k_cache, v_cache, k_new, v_new)
     for cache, new, name in ((k_cache, k_new, "keys"), (v_cache, v_new, "values")):
         if cache.dtype != new.dtype or cache.shape[-1] != new.shape[-1] or cache.shape[1] != new.shape[1]:
             raise ValueError(
@@ -230,11 +149,11 @@ def append_tokens(
         "page_size": page_size, "score": score, "stats_dtype": stats_dtype, "seq_starts": seq_starts,
         "token_mask": token_mask, "page_table": page_table,
     }  # fmt: skip
-    if not _use_triton(k_cache, impl, score):
+    if not use_triton(k_cache, impl, score):
         reference.append_tokens(k_cache, v_cache, stats, k_new, v_new, seq_lens, **settings)
         return
-    _check_triton_dims(k_cache, v_cache)
-    _kernels("page_stats").append_tokens(k_cache, v_cache, stats, k_new, v_new, seq_lens=seq_lens, **settings)
+    check_triton_dims(k_cache, v_cache)
+    kernels("page_stats").append_tokens(k_cache, v_cache, stats, k_new, v_new, seq_lens=seq_lens, **settings)
 
 
 def page_scores(
@@ -276,24 +195,25 @@ def page_scores(
     Raises:
         ValueError: bad shapes or names. NotImplementedError: a score without a kernel under `impl="triton"`.
 
-    Numerics: float32; int8 and int4 codes meet the query as a 15-bit fixed-point number; deterministic; reads the statistics
-    once; graph-safe.
+    Numerics: float32; with dp4a, int8 codes meet the query as 15-bit fixed-point numbers and int4 codes as int8
+    numbers with a step per 32 dims; deterministic; reads the statistics once; graph-safe.
     """
-    _check_page_size(page_size)
-    _check_choice("score", score, SCORES)
-    _check_choice("group_reduce", group_reduce, GROUP_REDUCES)
-    _check_heads(q, stats.codes.shape[1])
+    check_page_size(page_size)
+    check_choice("score", score, SCORES)
+    check_choice("group_reduce", group_reduce, GROUP_REDUCES)
+    check_heads(q, stats.codes.shape[1])
     settings = {
         "page_size": page_size, "score": score, "score_weight": resolve_score_weight(score, score_weight),
-        "group_reduce": group_reduce, "stats_dtype": stats_dtype, "softmax_scale": _scale(softmax_scale, q.shape[-1]),
-        "seq_lens": seq_lens, "seq_starts": seq_starts, "page_table": page_table,
+        "group_reduce": group_reduce, "stats_dtype": stats_dtype,
+        "softmax_scale": resolve_scale(softmax_scale, q.shape[-1]), "seq_lens": seq_lens,
+        "seq_starts": seq_starts, "page_table": page_table,
     }  # fmt: skip
-    if not _use_triton(q, impl, score):
+    if not use_triton(q, impl, score):
         return reference.page_scores(q, stats, **settings, k=k)
-    _check_triton_dims(q)
+    check_triton_dims(q)
     num_pages = stats.codes.shape[2] if page_table is None else page_table.shape[1]
     out = torch.empty((q.shape[0], stats.codes.shape[1], num_pages), dtype=torch.float32, device=q.device)
-    return _kernels("page_score").page_scores(q, stats, out, **settings)
+    return kernels("page_score").page_scores(q, stats, out, **settings)
 
 
 def select_pages(
@@ -325,17 +245,17 @@ def select_pages(
 
     Numerics: exact, deterministic, no atomics; graph-safe.
     """
-    _check_page_size(page_size)
+    check_page_size(page_size)
     if num_kept <= sink_pages + recent_pages:
         raise ValueError(
             f"`num_kept` must exceed sink_pages + recent_pages = {sink_pages + recent_pages}, got {num_kept}."
         )
     settings = {"page_size": page_size, "sink_pages": sink_pages, "recent_pages": recent_pages,
                 "seq_lens": seq_lens, "seq_starts": seq_starts}  # fmt: skip
-    if not _use_triton(scores, impl):
+    if not use_triton(scores, impl):
         return reference.select_pages(scores, num_kept=num_kept, **settings)
     page_ids = torch.empty((*scores.shape[:2], num_kept), dtype=torch.int32, device=scores.device)
-    return _kernels("page_select").select_pages(scores, page_ids, **settings)
+    return kernels("page_select").select_pages(scores, page_ids, **settings)
 
 
 def sparse_decode(
@@ -379,19 +299,19 @@ def sparse_decode(
 
     Numerics: float32 accumulation; deterministic; reads the listed pages once; graph-safe.
     """
-    _check_page_size(page_size)
-    _check_heads(q, k.shape[1])
-    _check_dims(k, v)
+    check_page_size(page_size)
+    check_heads(q, k.shape[1])
+    check_dims(k, v)
     settings = {
-        "page_size": page_size, "softmax_scale": _scale(softmax_scale, q.shape[-1]), "seq_lens": seq_lens,
+        "page_size": page_size, "softmax_scale": resolve_scale(softmax_scale, q.shape[-1]), "seq_lens": seq_lens,
         "seq_starts": seq_starts, "token_mask": token_mask, "page_table": page_table, "softcap": softcap,
         "sinks": sinks,
     }  # fmt: skip
-    if not _use_triton(q, impl):
+    if not use_triton(q, impl):
         return reference.sparse_decode(q, k, v, page_ids, **settings)
-    _check_triton_dims(k, v)
+    check_triton_dims(k, v)
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
-    return _kernels("sparse_decode").sparse_decode(q, k, v, page_ids, out, **settings)
+    return kernels("sparse_decode").sparse_decode(q, k, v, page_ids, out, **settings)
 
 
 def unique_decode(
@@ -429,8 +349,9 @@ def unique_decode(
         softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
         sinks (`torch.Tensor`, *optional*): `[H]` an extra logit per head in the denominator.
         return_page_ids (`bool`, *optional*, defaults to `False`): Return `[B, HK, K]` int32 too.
-        dense_below (`int`, *optional*, defaults to 0): Rows of at most this many tokens attend to all their pages (Triton).
-        counters (`torch.Tensor`, *optional*): `[B * HK]` int32 zeros, left zeroed; spares a fill per call. One per stream.
+        dense_below (`int`, *optional*, defaults to 0): Rows of at most this many tokens are dense (Triton).
+        counters (`torch.Tensor`, *optional*): `[B * HK]` int32 zeros, left zeroed; spares a fill a call.
+            One tensor per stream.
         impl (`str`, *optional*): `"triton"` or `"reference"`.
     Returns:
         `torch.Tensor`: `[B, H, 1, DV]`; with `return_page_ids` also the page ids.
@@ -440,98 +361,21 @@ def unique_decode(
     Numerics: as the parts; deterministic; two launches; lengths stay on the device; graph-safe.
     """
     score = config.score
-    attend = {"page_size": config.page_size, "softmax_scale": _scale(softmax_scale, q.shape[-1]), "seq_lens": seq_lens,
-              "seq_starts": seq_starts, "token_mask": token_mask, "page_table": page_table, "softcap": softcap,
-              "sinks": sinks}  # fmt: skip
-    if not _use_triton(q, impl, score):
+    if not use_triton(q, impl, score):
         return reference.unique_decode(
             q, k, v, stats, config=config, softmax_scale=softmax_scale, seq_lens=seq_lens, seq_starts=seq_starts,
-            token_mask=token_mask, page_table=page_table, softcap=softcap, sinks=sinks, return_page_ids=return_page_ids,
+            token_mask=token_mask, page_table=page_table, softcap=softcap, sinks=sinks,
+            return_page_ids=return_page_ids,
         )  # fmt: skip
-    _check_heads(q, k.shape[1])
-    _check_dims(k, v)
-    _check_triton_dims(k, v)
-    num_pages = stats.codes.shape[2] if page_table is None else page_table.shape[1]
-    rows = (q.shape[0], k.shape[1])
-    scores = torch.empty((*rows, num_pages), dtype=torch.float32, device=q.device)
-    page_ids = torch.empty((*rows, config.num_kept), dtype=torch.int32, device=q.device)
+    check_heads(q, k.shape[1])
+    check_dims(k, v)
+    check_triton_dims(k, v)
+    page_ids = torch.empty((q.shape[0], k.shape[1], config.num_kept), dtype=torch.int32, device=q.device)
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
-    _kernels("page_score").page_scores(
-        q, stats, scores, page_size=config.page_size, score=score,
-        score_weight=resolve_score_weight(score, config.score_weight), group_reduce=config.group_reduce,
-        stats_dtype=config.stats_dtype, softmax_scale=attend["softmax_scale"], seq_lens=seq_lens,
-        seq_starts=seq_starts, page_table=page_table, dependents=True,
-    )  # fmt: skip
-    _kernels("sparse_decode").sparse_decode(
-        q, k, v, page_ids, out, **attend, scores=scores, sink_pages=config.sink_pages,
-        recent_pages=config.recent_pages, dense_pages=dense_below // config.page_size, counter=counters,
+    kernels("unique_decode").unique_decode(
+        q, k, v, stats, out, page_ids, config=config, score_weight=resolve_score_weight(score, config.score_weight),
+        softmax_scale=resolve_scale(softmax_scale, q.shape[-1]), seq_lens=seq_lens, seq_starts=seq_starts,
+        token_mask=token_mask, page_table=page_table, softcap=softcap, sinks=sinks, dense_below=dense_below,
+        counters=counters,
     )  # fmt: skip
     return (out, page_ids) if return_page_ids else out
-
-
-def soft_mask_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    page_size: int,
-    num_kept: int,
-    sink_pages: int = 1,
-    recent_pages: int = 1,
-    temperature: float,
-    score: str = "scalar",
-    score_weight: float | None = None,
-    group_reduce: str = "mean",
-    softmax_scale: float | None = None,
-    token_mask: Tensor | None = None,
-    cu_seq_lens: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    threshold_grad: bool = False,
-    impl: str | None = None,
-) -> Tensor:
-    """Differentiable attention that learns to be sparse: a sigmoid around each query's top-k boundary (Eq. 6).
-
-    Equation: logits of page p get `+ log sigmoid((score_ip - theta_i) / temperature)`.
-
-    Args:
-        q (`torch.Tensor`): `[B, H, T, D]`.
-        k (`torch.Tensor`): `[B, HK, T, D]`.
-        v (`torch.Tensor`): `[B, HK, T, DV]`.
-        page_size (`int`): Tokens per page.
-        num_kept (`int`): K, sink and recent pages included.
-        sink_pages (`int`, *optional*, defaults to 1): First pages, never masked.
-        recent_pages (`int`, *optional*, defaults to 1): Last pages of each query, its own among them, never masked.
-        temperature (`float`): Width of the sigmoid in units of the page score.
-        score (`str`, *optional*, defaults to `"scalar"`): Form of the offset.
-        score_weight (`float`, *optional*): w; `None` takes the form's default.
-        group_reduce (`str`, *optional*, defaults to `"mean"`): Vote of the query heads of a kv head.
-        softmax_scale (`float`, *optional*): s; `None` takes `D ** -0.5`.
-        token_mask (`torch.Tensor`, *optional*): `[B, T]` bool, tokens that count.
-        cu_seq_lens (`torch.Tensor`, *optional*): `[documents + 1]` boundaries of packed documents (B = 1).
-        softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
-        sinks (`torch.Tensor`, *optional*): `[H]` an extra logit per head.
-        threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through theta.
-        impl (`str`, *optional*): `"triton"` or `"reference"`.
-    Returns:
-        `torch.Tensor`: `[B, H, T, DV]`, differentiable in `q`, `k` (through the statistics too) and `v`.
-    Raises:
-        ValueError: shapes or names do not fit. NotImplementedError: no kernel for these settings under `impl="triton"`.
-
-    Numerics: float32 accumulation; deterministic; memory O(T) with Triton.
-    """
-    _check_page_size(page_size)
-    _check_choice("score", score, SCORES)
-    settings = {
-        "page_size": page_size, "num_kept": num_kept, "sink_pages": sink_pages, "recent_pages": recent_pages,
-        "temperature": temperature, "score": score, "score_weight": resolve_score_weight(score, score_weight),
-        "group_reduce": group_reduce, "softmax_scale": _scale(softmax_scale, q.shape[-1]), "token_mask": token_mask,
-        "cu_seq_lens": cu_seq_lens, "softcap": softcap, "sinks": sinks, "threshold_grad": threshold_grad,
-    }  # fmt: skip
-    if not _use_triton(q, impl, score):
-        return reference.soft_mask_attention(q, k, v, **settings)
-    soft_mask = _kernels("soft_mask")
-    if impl is None and not soft_mask.supports(score=score, group_reduce=group_reduce):
-        return reference.soft_mask_attention(q, k, v, **settings)
-    _check_triton_dims(k, v)
-    return soft_mask.soft_mask_attention(q, k, v, **settings)

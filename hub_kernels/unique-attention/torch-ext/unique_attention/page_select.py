@@ -1,24 +1,36 @@
 """Page selection (Eq. 4): sink and recent pages, then the best scores, ties to the lower page id.
 
-The search counts scores above three trial thresholds at a time, in the integer order of float32, and stops as soon as a threshold keeps exactly
-the pages wanted: no sort, no atomics, the same answer on every run. May import torch, triton and `_common`.
+Exact without reading every score: the K' best pages lie in the K' groups of neighbouring pages with the highest
+peaks (a group beyond those has K' better pages before it). So a row searches its peaks, gathers the scores of the
+few groups that are left, and searches those. A search counts the keys above three trial thresholds at a time, in
+the integer order of float32, and stops as soon as a threshold keeps the number wanted: no sort, no atomics, the
+same answer on every run.
+
+May import torch, triton and `_common`.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from ._common import row_end, row_start, stride_of
 
-
-# the most scores one program holds in registers; longer rows are read again from cache in every pass
-MAX_TILE = 16384
+LOWEST = tl.constexpr(-2147483648)
 
 
 @triton.jit
-def _load_keys(scores_ptr, pages, last_page, outside):
-    """Scores as int32 in the same order; `outside` beyond the candidates."""
-    bits = tl.load(scores_ptr + pages, mask=pages < last_page, other=0.0).to(tl.int32, bitcast=True)
-    return tl.where(pages < last_page, bits ^ ((bits >> 31) & 0x7FFFFFFF), outside)
+def ordered(x):
+    """float32 as int32 in the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _load_keys(values_ptr, index, mask):
+    """Ordered keys, the lowest outside the mask."""
+    return tl.where(mask, ordered(tl.load(values_ptr + index, mask=mask, other=0.0)), LOWEST)
 
 
 @triton.jit
@@ -29,33 +41,31 @@ def _count_three(keys, first, second, third):
 
 
 @triton.jit
-def _threshold(scores_ptr, first_page, last_page, wanted, TILE: tl.constexpr, SINGLE: tl.constexpr):
-    """The largest key that at least `wanted` candidates reach, and how many exceed it."""
-    lowest: tl.constexpr = -2147483648
+def _search(keys, values_ptr, begin, end, low, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr):
+    """A threshold that `wanted` to `enough` keys reach, or, if ties forbid it, the largest that more do.
+
+    Returns the threshold and how many keys exceed it. `keys` are the first `TILE` of `begin .. end - 1`; at least
+    `wanted` keys reach `low`.
+    """
     offs = tl.arange(0, TILE)
-    keys = _load_keys(scores_ptr, first_page + offs, last_page, lowest)
     top = tl.max(keys, axis=0)
-    bottom = tl.min(tl.where(first_page + offs < last_page, keys, 2147483647), axis=0)
+    reach_low = tl.sum((keys >= low).to(tl.int32), axis=0)
     if not SINGLE:
-        for begin in range(first_page + TILE, last_page, TILE):
-            more = _load_keys(scores_ptr, begin + offs, last_page, lowest)
+        for tile in range(begin + TILE, end, TILE):
+            more = _load_keys(values_ptr, tile + offs, tile + offs < end)
             top = tl.maximum(top, tl.max(more, axis=0))
-            bottom = tl.minimum(bottom, tl.min(tl.where(begin + offs < last_page, more, 2147483647), axis=0))
-    low = bottom.to(tl.int64)
+            reach_low += tl.sum((more >= low).to(tl.int32), axis=0)
+    low = low.to(tl.int64)
     high = top.to(tl.int64) + 1
-    reach_low = last_page - first_page
-    while (reach_low != wanted) & (high - low > 1):
+    while (reach_low > enough) & (high - low > 1):
         width = high - low
-        first = low + ((width + 3) >> 2)
-        second = low + ((2 * width + 3) >> 2)
-        third = low + ((3 * width + 3) >> 2)
-        third = tl.minimum(third, high - 1)
-        second = tl.minimum(second, third)
-        first = tl.minimum(first, second)
+        third = tl.minimum(low + ((3 * width + 3) >> 2), high - 1)
+        second = tl.minimum(low + ((2 * width + 3) >> 2), third)
+        first = tl.minimum(low + ((width + 3) >> 2), second)
         n1, n2, n3 = _count_three(keys, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32))
         if not SINGLE:
-            for begin in range(first_page + TILE, last_page, TILE):
-                more = _load_keys(scores_ptr, begin + offs, last_page, lowest)
+            for tile in range(begin + TILE, end, TILE):
+                more = _load_keys(values_ptr, tile + offs, tile + offs < end)
                 m1, m2, m3 = _count_three(more, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32))
                 n1 += m1
                 n2 += m2
@@ -66,89 +76,182 @@ def _threshold(scores_ptr, first_page, last_page, wanted, TILE: tl.constexpr, SI
     key = low.to(tl.int32)
     above = tl.sum((keys > key).to(tl.int32), axis=0)
     if not SINGLE:
-        for begin in range(first_page + TILE, last_page, TILE):
-            more = _load_keys(scores_ptr, begin + offs, last_page, lowest)
+        for tile in range(begin + TILE, end, TILE):
+            more = _load_keys(values_ptr, tile + offs, tile + offs < end)
             above += tl.sum((more > key).to(tl.int32), axis=0)
     return key, above
 
 
 @triton.jit
+def _positions(keys, key, tied, num_above, num_tied):
+    """Which keys are taken (all above `key`, the first `tied` equal to it) and at which position, in order."""
+    is_above = (keys > key).to(tl.int32)
+    is_tied = (keys == key).to(tl.int32)
+    # both counts in one scan, 16 bits each
+    both = is_above + (is_tied << 16)
+    before = tl.cumsum(both, axis=0) - both
+    tied_before = num_tied + (before >> 16)
+    take = (is_above != 0) | ((is_tied != 0) & (tied_before < tied))
+    pos = num_above + (before & 0xFFFF) + tl.minimum(tied_before, tied)
+    count = tl.sum(both, axis=0)
+    return take, pos, num_above + (count & 0xFFFF), num_tied + (count >> 16)
+
+
+@triton.jit
 def select_row(
-    scores_ptr, ids_ptr, first_page, last_page, first_pos, last_pos,
+    scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page, first_pos, last_pos,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    TILE: tl.constexpr, SINGLE: tl.constexpr,
+    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 4 for the pages `first_page .. last_page - 1` of one row; writes positions `first_pos .. last_pos - 1` of the `K` ids."""
+    """Eq. 4 for a row of more than `K` pages: writes positions `first_pos .. last_pos - 1` of the page ids.
+
+    The row has pages `first_page .. last_page - 1`; `peaks` holds the best score of every `GS` pages, forced pages
+    left out; `groups` is scratch of `GROUPS` ids.
+    """
+    wanted: tl.constexpr = K - SINK - RECENT
+    begin = first_page + SINK
+    end = last_page - RECENT
     offs_k = tl.arange(0, BLOCK_K)
-    in_slice = (offs_k >= first_pos) & (offs_k < last_pos)
-    num_pages = last_page - first_page
-    if num_pages <= K:
-        tl.store(ids_ptr + offs_k, tl.where(offs_k < num_pages, first_page + offs_k, -1), mask=in_slice)
-    else:
-        forced = tl.where(offs_k < SINK, first_page + offs_k, last_page - K + offs_k)
-        tl.store(ids_ptr + offs_k, forced, mask=in_slice & ((offs_k < SINK) | (offs_k >= K - RECENT)))
-        wanted: tl.constexpr = K - SINK - RECENT
-        begin = first_page + SINK
-        end = last_page - RECENT
-        key, above = _threshold(scores_ptr, begin, end, wanted, TILE, SINGLE)
-        tied = wanted - above
-        offs = tl.arange(0, TILE)
-        num_above = 0
-        num_tied = 0
-        for tile in range(begin, tl.minimum(end, begin + TILE) if SINGLE else end, TILE):
-            keys = _load_keys(scores_ptr, tile + offs, end, -2147483648)
-            is_above = (keys > key).to(tl.int32)
-            is_tied = ((keys == key) & (tile + offs < end)).to(tl.int32)
-            # both counts in one scan: 16 bits each
-            both = is_above + (is_tied << 16)
-            before = tl.cumsum(both, axis=0) - both
-            above_before = num_above + (before & 0xFFFF)
-            tied_before = num_tied + (before >> 16)
-            take = (is_above != 0) | ((is_tied != 0) & (tied_before < tied))
-            pos = SINK + above_before + tl.minimum(tied_before, tied)
-            tl.store(ids_ptr + pos, tile + offs, mask=take & (pos >= first_pos) & (pos < last_pos))
-            if not SINGLE:
-                count = tl.sum(both, axis=0)
-                num_above += count & 0xFFFF
-                num_tied += count >> 16
+    forced = tl.where(offs_k < SINK, first_page + offs_k, last_page - K + offs_k)
+    is_forced = (offs_k < SINK) | ((offs_k >= K - RECENT) & (offs_k < K))
+    tl.store(ids_ptr + offs_k, forced, mask=is_forced & (offs_k >= first_pos) & (offs_k < last_pos))
+    # the groups that can hold a page to keep
+    first_group = begin // GS
+    last_group = tl.cdiv(end, GS)
+    offs = tl.arange(0, TILE)
+    peaks = _load_keys(peaks_ptr, first_group + offs, first_group + offs < last_group)
+    anything = tl.full((), -2147483647, tl.int32)
+    key, above = _search(peaks, peaks_ptr, first_group, last_group, anything, wanted, GROUPS, TILE, SINGLE)
+    num_above = 0
+    num_tied = 0
+    for tile in range(first_group, tl.minimum(last_group, first_group + TILE) if SINGLE else last_group, TILE):
+        peaks = _load_keys(peaks_ptr, tile + offs, tile + offs < last_group)
+        take, pos, num_above, num_tied = _positions(peaks, key, GROUPS - above, num_above, num_tied)
+        tl.store(groups_ptr + pos, tile + offs, mask=take)
+    num_groups = num_above + tl.minimum(num_tied, GROUPS - above)
+    tl.debug_barrier()
+    # the pages of those groups, in ascending order
+    offs_c = tl.arange(0, GROUPS * GS)
+    group = tl.load(groups_ptr + offs_c // GS, mask=offs_c // GS < num_groups, other=0)
+    pages = group * GS + offs_c % GS
+    inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
+    keys = _load_keys(scores_ptr, pages, inside)
+    key, above = _search(keys, scores_ptr, 0, 0, key, wanted, wanted, GROUPS * GS, True)
+    take, pos, _, _ = _positions(keys, key, wanted - above, 0, 0)
+    pos += SINK
+    tl.store(ids_ptr + pos, pages, mask=take & (pos >= first_pos) & (pos < last_pos))
+
+
+@triton.jit
+def list_all(ids_ptr, first_page, count, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The ids of a row that keeps all its pages; `-1` for a row that attends to more than `K`."""
+    offs_k = tl.arange(0, BLOCK_K)
+    listed = (offs_k < count) & (count <= K)
+    tl.store(ids_ptr + offs_k, tl.where(listed, first_page + offs_k, -1), mask=offs_k < K)
+
+
+@triton.jit
+def store_peaks(peaks_ptr, scores, pages, begin, end, num_pages, GS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The best score of every `GS` neighbouring pages among the candidates `begin .. end - 1`."""
+    candidates = tl.where((pages >= begin) & (pages < end), scores, float("-inf"))
+    best = tl.max(tl.reshape(candidates, (BLOCK_N // GS, GS)), axis=1)
+    groups = tl.min(tl.reshape(pages, (BLOCK_N // GS, GS)), axis=1) // GS
+    tl.store(peaks_ptr + groups, best, mask=groups * GS < num_pages)
+
+
+@triton.jit(do_not_specialize=["num_pages"])
+def _page_peaks_fwd_kernel(
+    scores_ptr, peaks_ptr, len_ptr, start_ptr,
+    stride_sb, stride_sh, stride_pb, stride_ph, stride_len, stride_start, num_pages,
+    P: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+):  # fmt: skip
+    """Program `(block of pages, kv head, row)` writes the peaks of its pages."""
+    pid_h = tl.program_id(1).to(tl.int64)
+    pid_b = tl.program_id(2).to(tl.int64)
+    last_page = tl.cdiv(row_end(len_ptr, stride_len, pid_b, num_pages * P, HAS_LENS), P)
+    first_page = row_start(start_ptr, stride_start, pid_b, HAS_STARTS) // P
+    pages = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scores = tl.load(
+        scores_ptr + pid_b * stride_sb + pid_h * stride_sh + pages, mask=pages < num_pages, other=float("-inf")
+    )
+    row_peaks = peaks_ptr + pid_b * stride_pb + pid_h * stride_ph
+    store_peaks(row_peaks, scores, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_pages"])
 def _page_select_fwd_kernel(
-    scores_ptr, ids_ptr, len_ptr, start_ptr,
-    stride_sb, stride_sh, stride_ib, stride_ih, stride_len, stride_start, num_pages,
+    scores_ptr, peaks_ptr, ids_ptr, groups_ptr, len_ptr, start_ptr,
+    stride_sb, stride_sh, stride_pb, stride_ph, stride_ib, stride_ih, stride_len, stride_start, num_pages,
     P: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    TILE: tl.constexpr, SINGLE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4. Program `(kv head, row)` writes its `K` page ids."""
     pid_h = tl.program_id(0).to(tl.int64)
     pid_b = tl.program_id(1).to(tl.int64)
     last_page = tl.cdiv(row_end(len_ptr, stride_len, pid_b, num_pages * P, HAS_LENS), P)
     first_page = tl.minimum(row_start(start_ptr, stride_start, pid_b, HAS_STARTS) // P, last_page)
-    select_row(
-        scores_ptr + pid_b * stride_sb + pid_h * stride_sh, ids_ptr + pid_b * stride_ib + pid_h * stride_ih,
-        first_page, last_page, 0, K, K, BLOCK_K, SINK, RECENT, TILE, SINGLE,
+    row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
+    if last_page - first_page <= K:
+        list_all(row_ids, first_page, last_page - first_page, K, BLOCK_K)
+    else:
+        select_row(
+            scores_ptr + pid_b * stride_sb + pid_h * stride_sh, peaks_ptr + pid_b * stride_pb + pid_h * stride_ph,
+            row_ids, groups_ptr + (pid_b * tl.num_programs(0) + pid_h) * GROUPS,
+            first_page, last_page, 0, K, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE,
+        )  # fmt: skip
+
+
+class SelectPlan(NamedTuple):
+    """Sizes of a selection: pages per group, groups that are searched page by page, peaks held in registers."""
+
+    group_size: int
+    groups: int
+    tile: int
+    single: bool
+
+    def peaks(self, num_pages: int) -> int:
+        """Number of groups of a row."""
+        return triton.cdiv(num_pages, self.group_size)
+
+
+def plan_selection(num_pages: int, num_scored: int) -> SelectPlan:
+    """Sizes for the best `num_scored` of `num_pages` pages; few, so that growing contexts do not recompile."""
+    groups = max(32, triton.next_power_of_2(num_scored + num_scored // 4))
+    group_size = max(2, min(16, 4096 // groups))
+    num_peaks = triton.cdiv(num_pages, group_size)
+    tile = 512 if num_peaks <= 512 else 2048
+    return SelectPlan(group_size, groups, tile, num_peaks <= tile)
+
+
+def write_peaks(scores, peaks, plan, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts):
+    """Fills `peaks [B, HK, groups]` from `scores [B, HK, N]`."""
+    batch, num_kv_heads, num_pages = scores.shape
+    _page_peaks_fwd_kernel[(triton.cdiv(num_pages, 1024), num_kv_heads, batch)](
+        scores, peaks, seq_lens, seq_starts,
+        *scores.stride()[:2], *peaks.stride()[:2], stride_of(seq_lens), stride_of(seq_starts), num_pages,
+        P=page_size, SINK=sink_pages, RECENT=recent_pages, GS=plan.group_size, BLOCK_N=1024,
+        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, num_warps=4,
     )  # fmt: skip
-
-
-def tile_for(num_pages: int) -> int:
-    """Scores one program holds at a time; few sizes, so that growing contexts do not recompile."""
-    tile = 1024
-    while tile < min(num_pages, MAX_TILE):
-        tile *= 4
-    return tile
 
 
 def select_pages(scores, page_ids, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts):
     """Fills `page_ids [B, HK, K]` from `scores [B, HK, N]`."""
     batch, num_kv_heads, num_pages = scores.shape
     num_kept = page_ids.shape[-1]
-    tile = tile_for(num_pages)
+    plan = plan_selection(num_pages, num_kept - sink_pages - recent_pages)
+    peaks = torch.empty((batch, num_kv_heads, plan.peaks(num_pages)), dtype=torch.float32, device=scores.device)
+    groups = torch.empty((batch, num_kv_heads, plan.groups), dtype=torch.int32, device=scores.device)
+    lengths = {"page_size": page_size, "sink_pages": sink_pages, "recent_pages": recent_pages,
+               "seq_lens": seq_lens, "seq_starts": seq_starts}  # fmt: skip
+    write_peaks(scores, peaks, plan, **lengths)
     _page_select_fwd_kernel[(num_kv_heads, batch)](
-        scores, page_ids, seq_lens, seq_starts,
-        *scores.stride()[:2], *page_ids.stride()[:2], stride_of(seq_lens), stride_of(seq_starts), num_pages,
+        scores, peaks, page_ids, groups, seq_lens, seq_starts,
+        *scores.stride()[:2], *peaks.stride()[:2], *page_ids.stride()[:2],
+        stride_of(seq_lens), stride_of(seq_starts), num_pages,
         P=page_size, K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), SINK=sink_pages, RECENT=recent_pages,
-        TILE=tile, SINGLE=num_pages <= tile, HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
-        num_warps=max(4, min(16, tile // 1024)),
+        GS=plan.group_size, GROUPS=plan.groups, TILE=plan.tile, SINGLE=plan.single,
+        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, num_warps=4,
     )  # fmt: skip
     return page_ids

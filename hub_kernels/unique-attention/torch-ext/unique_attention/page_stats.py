@@ -18,6 +18,7 @@ from ._common import (
     ROUND,
     SCALAR,
     encode_fp8,
+    int4_dims,
     page_strides,
     physical_page,
     round_up_bf16,
@@ -42,10 +43,10 @@ def _store_codes(
     NG: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """Quantises one vector per page and stores codes and scales. Dim `h * C + c` lies at `[h, c]`."""
+    """Quantises one vector per page and stores codes and scales. The dims are in the order of int4 bytes."""
     offs_h = tl.arange(0, 2)[None, :, None]
     offs_c = tl.arange(0, BC)[None, None, :]
-    dims = offs_h * C + offs_c  # [1, 2, BC]
+    dims = int4_dims(offs_c, offs_h, C)  # [1, 2, BC]
     mask_dim = (offs_c < C) & (dims < D)
     mask = mask_page[:, None, None] & mask_dim
     out = codes_ptr + page_offs_c[:, None, None] + dims
@@ -124,7 +125,7 @@ def _page_stats_fwd_kernel(
         offs_t = tl.arange(0, P)[None, :]
         offs_h = tl.arange(0, 2)[None, None, :, None]
         offs_c = tl.arange(0, BC)[None, None, None, :]
-        dims = offs_h * C + offs_c
+        dims = int4_dims(offs_c, offs_h, C)
         mask_dim = (offs_c < C) & (dims < D)
         token_k = physical[:, None] * stride_kp + offs_t * stride_kt + pid_b * stride_kb + pid_h * stride_kh
         if APPEND:

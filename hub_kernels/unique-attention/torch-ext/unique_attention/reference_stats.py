@@ -182,8 +182,9 @@ def quantize(vectors: Tensor, spread: Tensor, stats_dtype: str) -> PageStats:
     """Store statistics as codes and scales.
 
     Equation: scale = round_up_to_bf16(absmax / qmax), code = round_half_even(x / scale); a zero scale gives zero
-    codes. qmax is 448 (fp8), 127 (int8), 7 (int4); int4 has one scale per 32 dims and packs dim c low and dim c + C
-    high in byte c, each as code + 8. fp32 keeps the numbers as they are (fp64 for fp64 keys).
+    codes. qmax is 448 (fp8), 127 (int8), 7 (int4); int4 has one scale per group of 32 dims and packs the first half
+    of a group in the low and the second half in the high nibbles of its bytes, each as code + 8. fp32 keeps the
+    numbers as they are (fp64 for fp64 keys).
 
     Args:
         vectors (`torch.Tensor`): `[..., V, D]`.
@@ -207,8 +208,24 @@ def quantize(vectors: Tensor, spread: Tensor, stats_dtype: str) -> PageStats:
     codes = scaled.round()
     if stats_dtype == "int8":
         return PageStats(codes.to(torch.int8), scales, spread)
-    low, high = (F.pad(codes, (0, dim % 2)) + 8).to(torch.uint8).chunk(2, dim=-1)
+    low, high = _halves((F.pad(codes, (0, dim % 2)) + 8).to(torch.uint8))
     return PageStats(low | (high << 4), scales, spread)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second half of every group of `INT4_GROUP` dims, and of the shorter group at the end."""
+    whole = x.shape[-1] // INT4_GROUP * INT4_GROUP
+    groups = x[..., :whole].unflatten(-1, (-1, 2, INT4_GROUP // 2))
+    rest = x[..., whole:].unflatten(-1, (2, -1))
+    low, high = (torch.cat([groups[..., half, :].flatten(-2), rest[..., half, :]], -1) for half in range(2))
+    return low, high
+
+
+def _join(low: Tensor, high: Tensor) -> Tensor:
+    """Inverse of `_halves`."""
+    whole = low.shape[-1] // (INT4_GROUP // 2) * (INT4_GROUP // 2)
+    groups = torch.stack([x[..., :whole].unflatten(-1, (-1, INT4_GROUP // 2)) for x in (low, high)], -2)
+    return torch.cat([groups.flatten(-3), low[..., whole:], high[..., whole:]], -1)
 
 
 def codes_to_float(codes: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -219,7 +236,7 @@ def codes_to_float(codes: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
         return bits.view(torch.float16).to(dtype).mul_(256)
     if codes.dtype == torch.uint8:
-        return torch.cat([codes & 15, codes >> 4], -1)[..., :dim].to(dtype).sub_(8)
+        return _join(codes & 15, codes >> 4)[..., :dim].to(dtype).sub_(8)
     return codes.to(dtype)
 
 

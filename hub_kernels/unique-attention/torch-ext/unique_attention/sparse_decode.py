@@ -1,7 +1,8 @@
-"""Decode attention over the selected pages (Eq. 5), alone or fused with the selection (Eq. 4).
+"""Decode attention over listed pages (Eq. 5), split over several programs a row.
 
-A row's pages are divided among `SPLITS` programs; each finds its own slice of the selected pages, and the last one to finish merges the partial
-results in a fixed order. May import torch, triton, `_common` and `page_select`.
+The last program of a row to finish merges the partial results, in a fixed order.
+
+May import torch, triton and `_common`.
 """
 
 from typing import NamedTuple
@@ -11,14 +12,12 @@ import triton
 import triton.language as tl
 
 from ._common import physical_page, row_end, row_start, stride_of, target_of, token_strides
-from .page_select import select_row, tile_for
-
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _attend(
+def attend_pages(
     q_ptr, stride_qh, stride_qd, k_ptr, v_ptr, ids_ptr, mask_ptr, table_ptr, stride_table,
     stride_kp, stride_kt, stride_vp, stride_vt,
     b, first_head, start, end, base_page, first_pos, last_pos, scale, softcap,
@@ -81,7 +80,7 @@ def _attend(
 
 
 @triton.jit
-def _finish(
+def finish_row(
     acc, m_i, l_i, out_ptr, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, first_head, split,
     DV: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -133,77 +132,49 @@ def _finish(
         )
 
 
-@triton.jit(do_not_specialize=["capacity", "dense_pages"])
+@triton.jit
+def split_of(listed, split, SPLITS: tl.constexpr, PAGES_PER_TILE: tl.constexpr):
+    """The slice of a list of pages that a split takes: whole tiles, so that only the last one is ragged."""
+    share = tl.cdiv(tl.cdiv(listed, PAGES_PER_TILE), SPLITS) * PAGES_PER_TILE
+    first = tl.minimum(split * share, listed)
+    return first, tl.minimum(first + share, listed)
+
+
+@triton.jit(do_not_specialize=["capacity"])
 def _sparse_decode_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, scores_ptr, ids_ptr, out_ptr, acc_ptr, ml_ptr, counter_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, ids_ptr, out_ptr, acc_ptr, ml_ptr, counter_ptr, sinks_ptr,
     len_ptr, start_ptr, mask_ptr, table_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_kb, stride_kh, stride_kp, stride_kt,
     stride_vb, stride_vh, stride_vp, stride_vt,
-    stride_sb, stride_sh, stride_ib, stride_ih, stride_ob, stride_oh,
+    stride_ib, stride_ih, stride_ob, stride_oh,
     stride_len, stride_start, stride_mask, stride_table,
-    capacity, dense_pages, scale, softcap,
+    capacity, scale, softcap,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr,
-    RECENT: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, SELECT: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 5, after Eq. 4 if `SELECT`. Program `(split, kv head, row)` attends to its slice of the row's pages.
-
-    A row of at most `max(dense_pages, K)` pages attends to all of them and selects nothing; more than `K` are not listed.
-    """
+    """Eq. 5. Program `(split, kv head, row)` attends to its slice of the listed pages."""
     split = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     row = pid_b * tl.num_programs(1) + pid_h
     end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
-    last_page = tl.cdiv(end, P)
-    first_page = tl.minimum(start // P, last_page)
-    count = last_page - first_page
-    row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
-    row_q = q_ptr + pid_b * stride_qb
-    row_k = k_ptr + pid_b * stride_kb + pid_h * stride_kh
-    row_v = v_ptr + pid_b * stride_vb + pid_h * stride_vh
     row_mask = mask_ptr
     if HAS_MASK:
         row_mask += pid_b * stride_mask
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    pages_per_tile: tl.constexpr = 1 if P > BLOCK_T else BLOCK_T // P
-    dense = SELECT and count <= tl.maximum(dense_pages, K)
-    listed = tl.where(dense, count, K)
-    # whole tiles per split, so that only the last one is ragged
-    share = tl.cdiv(tl.cdiv(listed, pages_per_tile), SPLITS) * pages_per_tile
-    first_pos = tl.minimum(split * share, listed)
-    last_pos = tl.minimum(first_pos + share, listed)
-    if dense:
-        if split == 0:
-            offs_k = tl.arange(0, BLOCK_K)
-            everything = tl.where((offs_k < count) & (count <= K), first_page + offs_k, -1)
-            tl.store(row_ids + offs_k, everything, mask=offs_k < K)
-        acc, m_i, l_i = _attend(
-            row_q, stride_qh, stride_qd, row_k, row_v, row_ids, row_mask, table_ptr, stride_table,
-            stride_kp, stride_kt, stride_vp, stride_vt,
-            pid_b, pid_h * G, start, end, first_page, first_pos, last_pos, scale, softcap,
-            P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, True, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
-        )  # fmt: skip
-    else:
-        if SELECT:
-            select_row(
-                scores_ptr + pid_b * stride_sb + pid_h * stride_sh, row_ids, first_page, last_page,
-                first_pos, last_pos, K, BLOCK_K, SINK, RECENT, TILE, SINGLE,
-            )  # fmt: skip
-            tl.debug_barrier()
-        acc, m_i, l_i = _attend(
-            row_q, stride_qh, stride_qd, row_k, row_v, row_ids, row_mask, table_ptr, stride_table,
-            stride_kp, stride_kt, stride_vp, stride_vt,
-            pid_b, pid_h * G, start, end, first_page, first_pos, last_pos, scale, softcap,
-            P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, False, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
-        )  # fmt: skip
-    _finish(
+    first_pos, last_pos = split_of(K, split, SPLITS, 1 if P > BLOCK_T else BLOCK_T // P)
+    acc, m_i, l_i = attend_pages(
+        q_ptr + pid_b * stride_qb, stride_qh, stride_qd,
+        k_ptr + pid_b * stride_kb + pid_h * stride_kh, v_ptr + pid_b * stride_vb + pid_h * stride_vh,
+        ids_ptr + pid_b * stride_ib + pid_h * stride_ih, row_mask, table_ptr, stride_table,
+        stride_kp, stride_kt, stride_vp, stride_vt,
+        pid_b, pid_h * G, start, end, 0, first_pos, last_pos, scale, softcap,
+        P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, False, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
+    )  # fmt: skip
+    finish_row(
         acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
         split, DV, BDV, G, GP, SPLITS, HAS_SINKS,
     )  # fmt: skip
@@ -218,7 +189,7 @@ class Launch(NamedTuple):
     splits: int
 
 
-def launch_decode(rows: int, tokens: int, row_bytes: int, tile: int, num_sms: int) -> Launch:
+def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launch:
     """Launch settings for `rows` rows of `tokens` tokens whose keys (or values) take `row_bytes` each.
 
     Enough programs per row to fill the device twice, at most one per tile.
@@ -227,47 +198,75 @@ def launch_decode(rows: int, tokens: int, row_bytes: int, tile: int, num_sms: in
     splits = 1
     while splits * 2 <= min(triton.cdiv(tokens, block_t), 32) and rows * splits * 2 <= num_sms * 2:
         splits *= 2
-    # the scores of a tile stay in registers
-    return Launch(block_t, 2, 16 if tile > 8192 else 8 if tile > 4096 else 4, splits)
+    return Launch(block_t, 2, 4, splits)
 
 
-def sparse_decode(
-    q, k, v, page_ids, out, *, page_size, softmax_scale, seq_lens, seq_starts, token_mask, page_table, softcap, sinks,
-    scores=None, sink_pages=0, recent_pages=0, dense_pages=0, counter=None,
-):  # fmt: skip
-    """Fills `out [B, H, 1, DV]`. With `scores [B, HK, N]` it selects first and fills `page_ids [B, HK, K]` too."""
+class Attending(NamedTuple):
+    """What every kernel that attends takes: tensors, strides, scalars and compile-time constants."""
+
+    tensors: tuple
+    strides: tuple
+    constants: dict
+    splits: int
+
+
+def plan_attention(
+    q, k, v, out, launch, *, page_size, seq_lens, seq_starts, token_mask, page_table, softcap, sinks, counters
+) -> Attending:
+    """Scratch memory, strides and constants of a call whose rows are split `launch.splits` times."""
     paged = page_table is not None
     batch, num_heads = q.shape[:2]
     num_kv_heads, head_dim, value_dim = k.shape[1], k.shape[-1], v.shape[-1]
-    num_pages = page_table.shape[1] if paged else triton.cdiv(k.shape[2], page_size)
-    num_kept = page_ids.shape[-1]
     group = num_heads // num_kv_heads
     group_rows = max(16, triton.next_power_of_2(group))
-    target = target_of(q.device)
-    block_d, block_dv = max(16, triton.next_power_of_2(head_dim)), max(16, triton.next_power_of_2(value_dim))
-    tile = tile_for(num_pages)
-    tokens = max(num_kept, min(dense_pages, num_pages)) * page_size
-    row_bytes = max(block_d, block_dv) * k.element_size()
-    launch = launch_decode(batch * num_kv_heads, tokens, row_bytes, tile if scores is not None else 0, target.num_sms)
-    splits, device = launch.splits, q.device
-    partial = torch.empty((batch * num_kv_heads * splits * group_rows, block_dv), dtype=torch.float32, device=device)
-    extent = torch.empty((batch * num_kv_heads * splits * group_rows, 2), dtype=torch.float32, device=device)
-    if counter is None:
-        counter = torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=device)
-    dependent = scores is not None and target.dependent_launch
-    _sparse_decode_fwd_kernel[(splits, num_kv_heads, batch)](
-        q, k, v, scores, page_ids, out, partial, extent, counter, sinks,
-        seq_lens, seq_starts, None if token_mask is None else token_mask.view(torch.uint8), page_table,
-        q.stride(0), q.stride(1), q.stride(-1),
-        *token_strides(k, paged, page_size), *token_strides(v, paged, page_size),
-        *((0, 0) if scores is None else scores.stride()[:2]), *page_ids.stride()[:2], *out.stride()[:2],
-        stride_of(seq_lens), stride_of(seq_starts), stride_of(token_mask), stride_of(page_table),
-        num_pages * page_size if paged else k.shape[2], dense_pages, softmax_scale, softcap or 0.0,
-        P=page_size, D=head_dim, DV=value_dim, BD=block_d, BDV=block_dv, G=group, GP=group_rows,
-        K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), SINK=sink_pages, RECENT=recent_pages,
-        TILE=tile, SINGLE=num_pages <= tile, BLOCK_T=launch.block_t, STAGES=launch.stages, SPLITS=splits, SELECT=scores is not None,
-        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_MASK=token_mask is not None,
-        HAS_TABLE=paged, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, PDL=dependent,
-        num_warps=launch.num_warps, **({"launch_pdl": True} if dependent else {}),
+    block_dv = max(16, triton.next_power_of_2(value_dim))
+    parts = batch * num_kv_heads * launch.splits * group_rows if launch.splits > 1 else 1
+    partial = torch.empty((parts, block_dv), dtype=torch.float32, device=q.device)
+    extent = torch.empty((parts, 2), dtype=torch.float32, device=q.device)
+    if counters is None:
+        counters = torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=q.device)
+    mask = None if token_mask is None else token_mask.view(torch.uint8)
+    return Attending(
+        (q, k, v, out, partial, extent, counters, sinks, seq_lens, seq_starts, mask, page_table),
+        (
+            *(q.stride(0), q.stride(1), q.stride(-1)),
+            *token_strides(k, paged, page_size), *token_strides(v, paged, page_size), *out.stride()[:2],
+            *(stride_of(x) for x in (seq_lens, seq_starts, token_mask, page_table)),
+        ),
+        {
+            "P": page_size, "D": head_dim, "DV": value_dim,
+            "BD": max(16, triton.next_power_of_2(head_dim)), "BDV": block_dv, "G": group, "GP": group_rows,
+            "BLOCK_T": launch.block_t, "STAGES": launch.stages, "SPLITS": launch.splits,
+            "HAS_LENS": seq_lens is not None, "HAS_STARTS": seq_starts is not None, "HAS_MASK": mask is not None,
+            "HAS_TABLE": paged, "HAS_SOFTCAP": softcap is not None, "HAS_SINKS": sinks is not None,
+        },
+        launch.splits,
+    )  # fmt: skip
+
+
+def row_bytes(k, v) -> int:
+    """Bytes of the keys or values of one token and head, as the tiles hold them."""
+    return max(16, triton.next_power_of_2(max(k.shape[-1], v.shape[-1]))) * k.element_size()
+
+
+def capacity_of(k, page_table, page_size: int) -> int:
+    """Slots that a row can have."""
+    return k.shape[2] if page_table is None else page_table.shape[1] * page_size
+
+
+def sparse_decode(q, k, v, page_ids, out, *, page_size, softmax_scale, softcap, page_table, **lengths):
+    """Fills `out [B, H, 1, DV]`."""
+    rows, num_kept = q.shape[0] * k.shape[1], page_ids.shape[-1]
+    launch = launch_decode(rows, num_kept * page_size, row_bytes(k, v), target_of(q.device).num_sms)
+    call = plan_attention(
+        q, k, v, out, launch, page_size=page_size, softcap=softcap, page_table=page_table, counters=None, **lengths
+    )
+    q, k, v, out, *rest = call.tensors
+    strides = call.strides
+    _sparse_decode_fwd_kernel[(launch.splits, k.shape[1], q.shape[0])](
+        q, k, v, page_ids, out, *rest,
+        *strides[:11], *page_ids.stride()[:2], *strides[11:],
+        capacity_of(k, page_table, page_size), softmax_scale, softcap or 0.0,
+        K=num_kept, **call.constants, num_warps=launch.num_warps,
     )  # fmt: skip
     return out
