@@ -214,8 +214,11 @@ def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, La
     group_pow2 = triton.next_power_of_2(group)
     block_d, block_dv = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
     size = q.element_size()
-    interpreted = target_of(q.device).backend == "interpreter"
+    backend = target_of(q.device).backend
+    interpreted = backend == "interpreter"
     launch = LAUNCH_INTERPRETER if interpreted else LAUNCH[max(64, block_d, block_dv), size]
+    if backend == "hip":  # 64 KB of shared memory
+        launch = launch._replace(dkv=(launch.dkv[0], 1))
     chunk = min(settings.page_size, launch.keys // 16)
     num_features = block_d * (2 if settings.score == "minmax" else 1)
     meta = {

@@ -1,4 +1,5 @@
 """Backward of soft-mask attention over the open tiles (Eq. 6). May import torch, triton, `_common` and `soft_mask_*`.
+
 With z the logits, p = exp(z - lse), dz = p (do . v - delta): `d log g` of a page is the sum of dz over its tokens and
 the G heads, and `d score = (1 - g) / temperature * d log g`. From there it flows into the features, `dfq = sum_p
 dscore fp`, `dfp = sum_t dscore fq`, and, if asked for, into the threshold, `dtheta = -sum_p dscore`, half to each of
@@ -9,10 +10,10 @@ program owns keys and walks the heads of its group too), so nothing is added ato
 import triton
 import triton.language as tl
 
-from .soft_mask_fwd import capped_logits, load_keys, page_gate, row_gate, spread
+from .soft_mask_fwd import RUNTIME, capped_logits, load_keys, page_gate, row_gate, spread
 
 
-@triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _soft_mask_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, fq_ptr, nq_ptr, fp_ptr, fs_ptr, theta_ptr, above_ptr, below_ptr,
     start_ptr, valid_ptr, list_ptr, count_ptr, dq_ptr, dfq_ptr, dnq_ptr, delta_ptr, dtheta_ptr,
@@ -116,7 +117,7 @@ def _soft_mask_bwd_dq_kernel(
     tl.store(dq_rows + offs_d, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_d)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _soft_mask_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, fq_ptr, nq_ptr, fp_ptr, fs_ptr, theta_ptr, dtheta_ptr,
     above_ptr, below_ptr, start_ptr, valid_ptr, list_ptr, count_ptr, dk_ptr, dv_ptr, dfp_ptr, dfs_ptr,

@@ -1,4 +1,5 @@
 """Forward of soft-mask attention over the open tiles (Eq. 6). May import torch, triton, `_common` and `soft_mask_*`.
+
 One program holds BLOCK_T queries of all G heads of a kv head: row `r` of its tile is query `r // G`, head `r % G`, so
 the gate is computed once for the group and spread over heads and tokens. A tile of BLOCK_S keys is cut into chunks of
 CHUNK tokens (a page, or a part of one), and a chunk has one gate per query.
@@ -8,6 +9,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# what varies from call to call must not make the compiler specialise on it
+LENGTHS = ["T", "N", "NQB", "NKB", "HK", "stride_start_b", "stride_start_t", "stride_valid"]
+RUNTIME = [*LENGTHS, "sink_pages", "recent_pages"]
 
 
 @triton.jit
@@ -130,7 +134,7 @@ def _attend_tile(
     return m_new, l_i, acc
 
 
-@triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _soft_mask_fwd_attend_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, fq_ptr, nq_ptr, fp_ptr, fs_ptr, theta_ptr, start_ptr, valid_ptr, sink_ptr,
     list_ptr, count_ptr,

@@ -1,4 +1,5 @@
 """Thresholds of the soft mask and the tiles that it leaves open (Eq. 6). May import torch and triton.
+
 Thresholds. The scores of a block of queries against all pages are recomputed on the tensor cores as often as needed,
 which is cheaper than storing them (256 flop against 4 bytes per score at D = 128). A pass counts, for every query at
 once, the scores at or above 7 values inside its bracket `[low, high)`, with `#(score >= low) > K'` and `#(score >=
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from .soft_mask_fwd import RUNTIME
 
 
 class Thresholds(NamedTuple):
@@ -50,7 +53,7 @@ def candidate_scores(
     return score, free
 
 
-@triton.jit(do_not_specialize=["T", "N", "HK", "num_free", "sink_pages", "recent_pages"])
+@triton.jit(do_not_specialize=[*RUNTIME, "num_free"])
 def _soft_mask_fwd_threshold_kernel(
     fq_ptr, nq_ptr, fp_ptr, fs_ptr, start_ptr, theta_ptr, above_ptr, below_ptr,
     stride_start_b, stride_start_t,
@@ -207,7 +210,7 @@ def _lower(high, count_high, cut, count, num_free):
     return tl.where(fewer, cut, high), tl.where(fewer, count.to(tl.float32), count_high)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NQB", "NKB", "HK", "sink_pages", "recent_pages"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _soft_mask_fwd_tiles_kernel(
     fq_ptr, nq_ptr, fp_ptr, fs_ptr, start_ptr, theta_ptr, below_ptr, open_ptr, list_ptr, count_ptr,
     stride_start_b, stride_start_t,

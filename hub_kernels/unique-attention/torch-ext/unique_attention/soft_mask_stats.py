@@ -1,4 +1,5 @@
 """Features of queries and pages whose dot product is the page score (Eq. 1-3, linear forms), forward and backward.
+
 Every form here is linear in what it reads of the query, so the vote "mean" over the query heads of a kv head can be
 taken on the features: `score[t, p] = fq[t] . fp[p] + nq[t] * fs[p]`.
 
@@ -136,7 +137,7 @@ def _load_pages(
     return k, valid, inverse, mean
 
 
-@triton.jit(do_not_specialize=["S", "N", "HK"])
+@triton.jit(do_not_specialize=["stride_mb", "S", "N", "HK"])
 def _soft_mask_fwd_page_features_kernel(
     k_ptr, valid_ptr, fp_ptr, fs_ptr,
     stride_kb, stride_kh, stride_ks, stride_mb,
@@ -171,7 +172,7 @@ def _soft_mask_fwd_page_features_kernel(
             tl.store(fs_ptr + row, tl.sqrt(variance), mask=offs_n < N)
 
 
-@triton.jit(do_not_specialize=["stride_dfp", "S", "N", "HK"])
+@triton.jit(do_not_specialize=["stride_mb", "stride_dfp", "S", "N", "HK"])
 def _soft_mask_bwd_page_features_kernel(
     k_ptr, valid_ptr, dfp_ptr, dfs_ptr, dk_ptr,
     stride_kb, stride_kh, stride_ks, stride_mb, stride_dkb, stride_dkh, stride_dks, stride_dfp,
@@ -278,7 +279,7 @@ def add_feature_grads(dq, dk, q, k, grads: Features, *, page_size: int, score: s
         dq (`torch.Tensor`): `[B, H, T, D]`; dk (`torch.Tensor`): `[B, HK, S, D]`.
         q (`torch.Tensor`): As in [`features`].
         k (`torch.Tensor`): As in [`features`].
-        grads (`Features`): Gradients of `fq` (dtype of q), `nq`, `fp` and `fs` (fp32; rows past the last page are ignored).
+        grads (`Features`): Gradients of `fq` (dtype of q), `nq`, `fp` and `fs` (fp32).
         page_size (`int`): Tokens per page P.
         score (`str`): One of `LINEAR_FORMS`.
         score_weight (`float`): Weight w of the offset.
