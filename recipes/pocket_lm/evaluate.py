@@ -3,7 +3,7 @@
 The context is prefilled once; for each group of questions of equal length the cache is copied and repeated, the
 question is fed (as one chunk, or token by token as a decoder would) and the answer is decoded greedily.
 
-`python -m recipes.pocket_lm.evaluate --model models/pocket_lm --lengths 1024 8192 --attn sdpa`
+`python -m recipes.pocket_lm.evaluate --model models/pocket-lm --lengths 1024 8192 --attn sdpa`
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from recipes.pocket_lm import text
-from recipes.pocket_lm.facts import make_haystack
+from unique_hf.facts import make_haystack
+from unique_hf.text import topics
 
 ANSWER_TOKENS = 12
 
@@ -71,7 +71,7 @@ def retrieval(model, tokenizer, lengths, contexts=2, num_facts=48, split="test",
     Returns:
         `list[dict]` with `context, questions, correct, accuracy, numbers, words, distractors, seconds, misses`.
     """
-    source = text.topics(held_out=True)
+    source = topics(held_out=True)
     rows = []
     for length in lengths:
         start, right, wrong, distractors = time.monotonic(), [], [], 0
@@ -110,7 +110,7 @@ def _mean(values):
 @torch.no_grad()
 def bits_per_byte(model, tokenizer, length=2048, windows=8):
     """Bits per byte on the held-out text: the plain language-model figure."""
-    source = text.topics(held_out=True)
+    source = topics(held_out=True)
     ids = torch.tensor(tokenizer(source, add_special_tokens=False)["input_ids"][: length * windows])
     total, size = 0.0, 0
     for window in ids.to(model.device).split(length):
