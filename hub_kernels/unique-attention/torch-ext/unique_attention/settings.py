@@ -78,6 +78,7 @@ class UniqueConfig:
         temperature (`float`, *optional*, defaults to 1.0): Width of the sigmoid of the soft mask (Eq. 6), in units of
             the page score (unscaled `q . k`).
         threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through the threshold of Eq. 6.
+        soft_mask (`bool`, *optional*, defaults to `True`): Train through the soft mask of Eq. 6; `False` trains dense.
         capture (`bool`, *optional*, defaults to `True`): Decode through a captured step where the device allows it.
         measure_recall (`bool`, *optional*, defaults to `False`): Measure the recall of true attention mass (slow).
     Raises:
@@ -95,13 +96,14 @@ class UniqueConfig:
     stats_dtype: str = "fp8"
     temperature: float = 1.0
     threshold_grad: bool = False
+    soft_mask: bool = True
     capture: bool = True
     measure_recall: bool = False
 
     def __post_init__(self):
         for name in ("page_size", "budget", "sink_pages", "recent_pages"):
             _check_int(name, getattr(self, name))
-        for name in ("threshold_grad", "capture", "measure_recall"):
+        for name in ("threshold_grad", "soft_mask", "capture", "measure_recall"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(_type_message(name, "True or False", getattr(self, name)))
         _check_name("score", self.score, SCORES)

@@ -60,6 +60,8 @@ def unique_attention_forward(
     layer = layer_of(key, value)
     call = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     mode = decide(module, query, key, layer, attention_mask, {**kwargs, "is_causal": is_causal, "dropout": dropout})
+    if mode.kind == SOFT and not settings_of(module.config).soft_mask:
+        mode = Mode(DENSE, "the soft mask is switched off")
     if mode.kind != DENSE and kwargs.get("output_attentions"):
         raise ValueError(
             "attn_implementation='unique' has no attention weights to return: for `output_attentions` load the model "

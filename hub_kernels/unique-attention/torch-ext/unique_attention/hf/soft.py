@@ -96,6 +96,10 @@ def soft_attention(
         `torch.Tensor`: `[B, T, H, DV]`.
     """
     batch, length = query.shape[0], query.shape[2]
+    if torch.is_autocast_enabled(query.device.type):
+        # as autocast does for sdpa; norms and rotary embeddings in fp32 would otherwise meet values in 16 bits
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     flat = bounds is not None and batch > 1
     if flat:
         # the op packs one row: the documents of all rows one after the other
