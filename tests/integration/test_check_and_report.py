@@ -196,3 +196,16 @@ def test_hybrid_sliding_layers_are_named():
         (True, "pages by score"),
     ]
     assert found.layers[0].name == attention_modules(make("gemma2"))[0][0]
+
+
+def test_chunked_layers_are_named():
+    config = AutoConfig.for_model(
+        "llama4_text", vocab_size=99, hidden_size=64, intermediate_size=96, intermediate_size_mlp=96, head_dim=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, pad_token_id=0,
+        attention_chunk_size=16, layer_types=["chunked_attention", "full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="unique").eval()
+    assert [layer.reason for layer in unique_hf.check(model).layers] == [
+        "layer type chunked_attention",
+        "pages by score",
+    ]

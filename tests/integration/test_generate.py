@@ -19,6 +19,9 @@ SPARSE = {"page_size": 4, "budget": 16, "stats_dtype": "fp32"}
 PADDED = batch(rows=2, length=40, padding=(13, 0))
 PLAIN = batch(rows=2, length=41, padding=(0, 0), seed=2)
 SINGLE = batch(rows=1, length=37, padding=(0,), seed=3)
+HOLES = batch(rows=2, length=40, padding=(3, 0), seed=4)
+for _row, _holes in enumerate((slice(14, 25), slice(6, 8))):
+    HOLES["attention_mask"][_row, _holes] = 0
 
 
 def sample(model, inputs, **kwargs):
@@ -171,6 +174,7 @@ CASES = {
     "chunked prefill padded": (lambda model, inputs: greedy(model, inputs, prefill_chunk_size=9), PADDED, None),
     "by hand": (stepwise, PLAIN, None),
     "by hand padded": (stepwise, PADDED, None),
+    "by hand with holes": (by_hand_masked, HOLES, None),
     "two turns": (turns, PLAIN, None),
     "two turns padded": (turns, PADDED, None),
     "explicit cache": (explicit, PADDED, None),

@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "gemma3_text": ({**SLIDING, "query_pre_attn_scalar": 32}, [1]),
     "phi3": ({}, [0, 1]),
     "granite": ({"attention_multiplier": 0.3}, [0, 1]),
-    "gpt_oss": ({**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}, [1]),
+    "gpt_oss": ({**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1}, [1]),
     "deepseek_v3": (MLA, []),
     "glm4": ({}, [0, 1]),
 }
@@ -47,7 +47,8 @@ def make(architecture="llama", attention="unique", seed=0, **overrides):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
-            torch.nn.init.normal_(parameter, std=1.0)
+            # large beside the logits of a smaller initialisation, or leaving them out would not show
+            torch.nn.init.normal_(parameter, mean=2.0, std=1.0)
     model.generation_config.eos_token_id = None
     return model
 

@@ -89,10 +89,8 @@ class PageIndex:
         self.seq_starts = self.starts_host = None
 
     def shorten(self, length: int) -> None:
-        """The keys were cropped to `length` tokens: a page that lost tokens counts as not covered."""
-        if self.settings is not None:
-            page_size = self.settings.page_size
-            self.covered = min(self.covered, length // page_size * page_size)
+        """The keys were cropped to `length` tokens; the next append rewrites the page that lost some of its tokens."""
+        self.covered = min(self.covered, length)
 
     def reserve(self, num_pages: int) -> None:
         """Make room for `num_pages` pages of statistics, keeping those that exist."""
