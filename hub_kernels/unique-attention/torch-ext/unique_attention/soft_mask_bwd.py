@@ -169,6 +169,11 @@ def _soft_mask_bwd_dkv_kernel(
     dfs = tl.zeros([NC], tl.float32)
     # an open tile is walked in steps of STEP_T queries: dk and dv leave few registers
     STEPS: tl.constexpr = BLOCK_T // STEP_T
+    # a dot takes no fewer than 16 terms: with fewer queries a step, each stands there once for every part of its group
+    PARTS: tl.constexpr = 16 // STEP_T if STEP_T < 16 else 1
+    ROWS_T: tl.constexpr = STEP_T * PARTS
+    ROWS_G: tl.constexpr = GROUP_POW2 // PARTS
+    offs_r = tl.arange(0, ROWS_T)
     for j in range(tl.load(count_ptr + pid_bh * NKB + pid_k) * STEPS):
         first_t = tl.load(list_ptr + j // STEPS) * BLOCK_T + j % STEPS * STEP_T
         t_of_row = first_t + offs_m // GROUP_POW2
@@ -180,13 +185,13 @@ def _soft_mask_bwd_dkv_kernel(
         dout = tl.load(dout_rows + offs_dv, mask=mask_m[:, None] & (offs_dv < DV), other=0.0)
         lse = tl.load(lse_ptr + head_row + t_of_row, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptr + head_row + t_of_row, mask=mask_m, other=0.0)
-        offs_t = first_t + tl.arange(0, STEP_T)
+        offs_t = first_t + offs_r // PARTS
         mask_t = offs_t < T
         row = pid_bh * T + offs_t
         fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f, mask=mask_t[:, None], other=0.0)
         theta = tl.load(theta_ptr + row, mask=mask_t, other=float("-inf"))
         start = tl.load(start_ptr + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
-        score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, STEP_T]
+        score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, ROWS_T]
         if HAS_SCALAR:
             nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
             score += fs[:, None] * nq[None, :]
@@ -195,7 +200,7 @@ def _soft_mask_bwd_dkv_kernel(
             sink_pages, recent_pages, inv_temperature,
         )  # fmt: skip
         s, slope = capped_logits(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
-        s += spread(log_gate, NC, CHUNK, STEP_T, GROUP_POW2)  # [BLOCK_S, M]
+        s += spread(log_gate, NC, CHUNK, ROWS_T, ROWS_G)  # [BLOCK_S, M]
         seen = slots[:, None] <= t_of_row[None, :]
         if HAS_MASK:
             seen = seen & valid[:, None]
@@ -203,17 +208,14 @@ def _soft_mask_bwd_dkv_kernel(
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dz = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
         dk = tl.dot((dz * slope).to(q.dtype), q, dk, input_precision=PRECISION)
-        dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, STEP_T, GROUP_POW2)), axis=3), axis=1) * slack
+        dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, ROWS_T, ROWS_G)), axis=3), axis=1) * slack
         if THRESHOLD_GRAD:
             # both pages that set the threshold get half of its gradient, once each
-            half = 0.5 * tl.load(dtheta_ptr + row, mask=mask_t, other=0.0)[None, :]
+            half = 0.5 * tl.load(dtheta_ptr + row, mask=mask_t & (offs_r % PARTS == 0), other=0.0)[None, :]
             page_once = tl.where(chunk_start % PAGE_SIZE == 0, pages, -1)[:, None]
             dgate += tl.where(page_once == tl.load(above_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
             dgate += tl.where(page_once == tl.load(below_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
-        if STEP_T < 16:  # 16-bit tensor cores take no fewer than 16 terms
-            dfp = tl.dot(dgate, fq.to(tl.float32), dfp, input_precision=PRECISION)
-        else:
-            dfp = tl.dot(dgate.to(q.dtype), fq.to(q.dtype), dfp, input_precision=PRECISION)
+        dfp = tl.dot(dgate.to(q.dtype), fq.to(q.dtype), dfp, input_precision=PRECISION)
         if HAS_SCALAR:
             dfs += tl.sum(dgate * nq[None, :], axis=1)
 
