@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from recipes.pocket_lm import facts
+from unique_hf import facts
 
 KIND_NAMES = ("none", "text", "repeat", "mqar", "fact", "rest")
 NONE, TEXT, REPEAT, MQAR, FIRST, REST = range(6)

@@ -8,7 +8,7 @@ training time), so that no stage can stall the run. The last stage lasts to the 
 from dataclasses import dataclass, field
 
 from recipes.pocket_lm.batches import Spec
-from recipes.pocket_lm.facts import FULL, Level
+from unique_hf.facts import FULL, Level
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""English text that every machine with Python already has, in a fixed order; stdlib only.
+"""Training text that every machine with Python already has, in a fixed order.
 
 Sources: `pydoc_data.topics`, the docstrings of the standard library and of installed packages, package descriptions
 (METADATA), files of /usr/share/doc and some Python source. About half of the topics of `pydoc_data.topics`, chosen by
@@ -12,16 +12,10 @@ import sysconfig
 import zlib
 from pathlib import Path
 
+from unique_hf.text import topics
+
 _DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 _MAX_FILE = 1 << 20
-
-
-def topics(held_out):
-    """The held-out or the training half of `pydoc_data.topics` as one string."""
-    from pydoc_data.topics import topics as table
-
-    names = sorted(name for name in table if (zlib.crc32(name.encode()) % 2 == 0) == held_out)
-    return "\n\n".join(table[name].strip() for name in names) + "\n"
 
 
 def _read(path):

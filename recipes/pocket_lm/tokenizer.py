@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from recipes.pocket_lm import facts
 from recipes.pocket_lm.text import collect_text
+from unique_hf import facts
 
 FOLDER = Path(__file__).parent / "tokenizer"
 END = "<|endoftext|>"

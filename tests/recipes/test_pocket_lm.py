@@ -13,10 +13,11 @@ import pytest
 import torch
 from jinja2 import UndefinedError
 
-from recipes.pocket_lm import batches, curriculum, facts, publish, text
+from recipes.pocket_lm import batches, curriculum, publish, text
 from recipes.pocket_lm import tokenizer as pocket_tokenizer
 from recipes.pocket_lm.evaluate import answer_questions
 from recipes.pocket_lm.model import BatchedMuon, PocketLM, Shape
+from unique_hf import facts
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape(
