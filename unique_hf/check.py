@@ -117,7 +117,7 @@ def _why_unseen(module: torch.nn.Module) -> str:
 
 def _probe(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[torch.nn.Module, list[Any]]:
     ids = torch.zeros((1, 3), dtype=torch.long, device=model.device)
-    step = {"input_ids": ids[:, :1]}
+    step: dict[str, Any] = {"input_ids": ids[:, :1]}
     if not inputs:
         inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:

@@ -48,8 +48,9 @@ class UniqueDynamicLayer(DynamicLayer):
         super().__init__(**kwargs)
         self.index = PageIndex()
         self.fixed_lens: torch.Tensor | None = None
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+        # pairs of keys and values, or `None`: the memory with spare room, and the views of it last shown as keys/values
+        self._buffers: Any = None
+        self._views: Any = None
         if settings is not None:
             self.index.wake(settings)
 
@@ -191,7 +192,7 @@ class UniqueDynamicLayer(DynamicLayer):
             return self._buffers[0].shape[2], 0
         return super().get_mask_sizes(query_length)
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Cached tokens; in fixed mode a 0-dim device tensor: the tokens before the coming step of one token."""
         if self.fixed_lens is not None:
             return self.fixed_lens.max() - 1

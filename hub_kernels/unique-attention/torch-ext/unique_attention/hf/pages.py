@@ -181,6 +181,11 @@ class PageIndex:
         if self.stats is None or self.stats.spread.shape[:2] != keys.shape[:2] or not writable(self.stats.spread):
             self.stats = ops.page_stats(keys, **kwargs)
             self.built_with = (settings.page_size, settings.score, settings.stats_dtype)
+            if not torch.compiler.is_compiling():
+                # as the parent does for its buffers: without it, compiled steps cannot become CUDA graphs
+                for tensor in self.stats:
+                    if tensor is not None:
+                        torch._dynamo.mark_static_address(tensor)
         else:
             if not torch.compiler.is_compiling():
                 num_new = max(num_new, host_length - self.covered)
