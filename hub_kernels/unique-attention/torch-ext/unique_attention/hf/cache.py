@@ -48,7 +48,7 @@ class UniqueDynamicLayer(DynamicLayer):
         super().__init__(**kwargs)
         self.index = PageIndex()
         self.fixed_lens: torch.Tensor | None = None
-        # pairs of keys and values, or `None`: the memory with spare room, and the views of it last shown as keys/values
+        # pairs of keys and values, or `None`: memory with spare room, and the views of it last shown as keys, values
         self._buffers: Any = None
         self._views: Any = None
         if settings is not None:
