@@ -1,5 +1,7 @@
 """Statistics, scores, selection and decode: each kernel against the reference in float64."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -247,3 +249,29 @@ def test_a_row_without_valid_tokens_gives_zeros():
     stats = reference_stats(case, t)
     out = ops.unique_decode(*(t[n] for n in "qkv"), stats, config=case.config, **some(t, LENGTHS), impl="triton")
     assert (out[0] == 0).all() and out[1].isfinite().all() and (out[1] != 0).any()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@ids([STATS[0], STATS[2], STATS[4], STATS[14], STATS[16], STATS[17], STATS[18], SCORES[-4]])
+def test_a_step_appends_as_the_append_does(case, fused, monkeypatch):
+    module = importlib.import_module("unique_attention.unique_decode")  # the package shows the operation
+    kept = module.plan_decode
+    launch = module.Launch(32, 1, 4, 1)
+
+    def plan(*args):
+        return kept(*args)._replace(fused=True, score_warps=4, launch=launch) if fused else kept(*args)
+
+    monkeypatch.setattr(module, "plan_decode", plan)
+    t = case.tensors()
+    settings = stats_settings(case) | some(t, ("seq_starts", "token_mask", "page_table"))
+    stats = [ops.page_stats(t["k"], **settings, seq_lens=t["seq_lens"] - 1, impl="triton") for _ in range(2)]
+    new = tuple(torch.randn(case.B, case.HK, 1, d, device=DEVICE).to(case.dtype) for d in (case.D, case.DV))
+    cache = [(t["k"].clone(), t["v"].clone()) for _ in range(2)]
+    common = {"config": case.config, "impl": "triton", "return_page_ids": True} | some(t, (*LENGTHS, "softcap", "sinks"))
+    ops.append_tokens(*cache[0], stats[0], *new, t["seq_lens"], **settings, impl="triton")
+    expected, expected_ids = ops.unique_decode(t["q"], *cache[0], stats[0], **common)
+    out, page_ids = ops.unique_decode(t["q"], *cache[1], stats[1], **common, new=new)
+    assert torch.equal(page_ids, expected_ids)
+    assert (out - expected).abs().max() <= 8 * torch.finfo(case.dtype).eps * expected.abs().max()
+    for a, b in zip((*cache[0], *stats[0]), (*cache[1], *stats[1])):
+        assert a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -331,6 +331,7 @@ def unique_decode(
     return_page_ids: bool = False,
     dense_below: int = 0,
     counters: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One decode step of UNIQUE attention: score all pages, keep the best, attend to them (Eq. 2 to 5).
@@ -352,6 +353,9 @@ def unique_decode(
         dense_below (`int`, *optional*, defaults to 0): Rows of at most this many tokens are dense (Triton).
         counters (`torch.Tensor`, *optional*): `[B * HK]` int32 zeros, left zeroed; spares a fill a call.
             One tensor per stream.
+        new (`tuple`, *optional*): Keys `[B, HK, 1, D]` and values `[B, HK, 1, DV]` of this token, not yet in the
+        cache:
+            they are appended as by [`append_tokens`], in the same launch where that is possible.
         impl (`str`, *optional*): `"triton"` or `"reference"`.
     Returns:
         `torch.Tensor`: `[B, H, 1, DV]`; with `return_page_ids` also the page ids.
@@ -361,6 +365,13 @@ def unique_decode(
     Numerics: as the parts; deterministic; two launches; lengths stay on the device; graph-safe.
     """
     score = config.score
+    if new is not None and seq_lens is None:
+        raise ValueError("`new` needs `seq_lens`, the slots in use with the new token included.")
+    if new is not None and not use_triton(q, impl, score):
+        append_tokens(
+            k, v, stats, *new, seq_lens, page_size=config.page_size, score=score, stats_dtype=config.stats_dtype,
+            seq_starts=seq_starts, token_mask=token_mask, page_table=page_table, impl="reference",
+        )  # fmt: skip
     if not use_triton(q, impl, score):
         return reference.unique_decode(
             q, k, v, stats, config=config, softmax_scale=softmax_scale, seq_lens=seq_lens, seq_starts=seq_starts,
@@ -376,6 +387,6 @@ def unique_decode(
         q, k, v, stats, out, page_ids, config=config, score_weight=resolve_score_weight(score, config.score_weight),
         softmax_scale=resolve_scale(softmax_scale, q.shape[-1]), seq_lens=seq_lens, seq_starts=seq_starts,
         token_mask=token_mask, page_table=page_table, softcap=softcap, sinks=sinks, dense_below=dense_below,
-        counters=counters,
+        counters=counters, new=new,
     )  # fmt: skip
     return (out, page_ids) if return_page_ids else out

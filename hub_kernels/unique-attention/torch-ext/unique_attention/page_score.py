@@ -26,7 +26,7 @@ from ._common import (
     target_of,
 )
 from ._page_dot import dot_pages, group_norm
-from .page_select import store_peaks, write_peaks
+from .page_select import store_peaks
 
 # how the heads of a group vote; the kernels branch on these at compile time
 VOTE = {"mean": 0, "max": 1, "softmax_mean": 2, "shifted_max": 3}
@@ -102,51 +102,43 @@ def score_block(
             store_peaks(peaks_ptr, best, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["num_pages", "capacity", "dense_pages"])
+@triton.jit(do_not_specialize=["num_pages", "capacity"])
 def _page_score_fwd_kernel(
-    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, len_ptr, start_ptr, table_ptr,
+    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, len_ptr, start_ptr, table_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_cb, stride_ch, stride_cp, stride_cv,
     stride_sb, stride_sh, stride_sp, stride_sv,
     stride_db, stride_dh, stride_dp,
-    stride_ob, stride_oh, stride_og, stride_pb, stride_ph,
+    stride_ob, stride_oh, stride_og,
     stride_len, stride_start, stride_table,
-    num_pages, capacity, dense_pages, weight, scale,
+    num_pages, capacity, weight, scale,
     P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    G: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, BLOCK_N: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
-    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_TABLE: tl.constexpr, PEAKS: tl.constexpr,
-    DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_TABLE: tl.constexpr,
+    DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
     """Eq. 2 and 3. Program `(block of BLOCK_N pages, kv head, row)` scores its pages for the `G` heads of the group.
 
-    Writes `[B, HK, N]` and, if `PEAKS`, the peaks that the selection starts from (rows of at most `dense_pages` pages
-    select nothing and are left out); or `[B, HK, G, N]` before a vote that needs the best score of each head first.
+    Writes `[B, HK, N]`, or `[B, HK, G, N]` before a vote that needs the best score of each head first.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     last_page = tl.cdiv(row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS), P)
     first_page = row_start(start_ptr, stride_start, pid_b, HAS_STARTS) // P
     begin = tl.program_id(0) * BLOCK_N
-    needed = not PEAKS or last_page - first_page > dense_pages
     row_out = out_ptr + pid_b * stride_ob + pid_h * stride_oh
-    if needed and begin < last_page:
+    if begin < last_page:
         row_s = scales_ptr
         if KIND >= FP8:
             row_s += pid_b * stride_sb + pid_h * stride_sh
-        row_p = peaks_ptr
-        if PEAKS:
-            row_p += pid_b * stride_pb + pid_h * stride_ph
         score_block(
             q_ptr + pid_b * stride_qb, codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
-            spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_out, row_p, table_ptr,
+            spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_out, None, table_ptr,
             stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
             pid_b, pid_h, begin, first_page, last_page, num_pages, weight, scale,
-            D, BD, C, BC, NG, G, SINK, RECENT, GS, BLOCK_N, KIND, FORM, VOTE, HAS_TABLE, PEAKS, DP4A, NATIVE_FP8,
+            D, BD, C, BC, NG, G, 0, 0, 1, BLOCK_N, KIND, FORM, VOTE, HAS_TABLE, False, DP4A, NATIVE_FP8,
         )  # fmt: skip
-    elif not PEAKS:
+    else:
         pages = begin + tl.arange(0, BLOCK_N)
         nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         for g in tl.static_range(1 if VOTE == VOTE_MEAN or VOTE == VOTE_MAX else G):
@@ -226,9 +218,9 @@ def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
 
 def page_scores(
     q, stats, out, *, page_size, score, score_weight, group_reduce, stats_dtype, softmax_scale, seq_lens, seq_starts,
-    page_table, peaks=None, plan=None, sink_pages=0, recent_pages=0, dense_pages=0,
+    page_table,
 ):  # fmt: skip
-    """Fills `out [B, HK, N]`, and `peaks [B, HK, groups]` if given: then the next kernel may start early."""
+    """Fills `out [B, HK, N]`."""
     paged = page_table is not None
     batch, num_kv_heads, num_pages = out.shape
     scoring = plan_scoring(q, stats, score=score, group_reduce=group_reduce, stats_dtype=stats_dtype)
@@ -236,28 +228,20 @@ def page_scores(
     raw = out
     if scoring.per_head:
         raw = torch.empty((batch, num_kv_heads, group, num_pages), dtype=torch.float32, device=q.device)
-    in_pass = peaks is not None and not scoring.per_head
     tensors, strides = stats_arguments(stats, stats_dtype, paged)
     _page_score_fwd_kernel[(triton.cdiv(num_pages, scoring.block_n), num_kv_heads, batch)](
-        q, *tensors, raw, peaks, seq_lens, seq_starts, page_table,
+        q, *tensors, raw, seq_lens, seq_starts, page_table,
         q.stride(0), q.stride(1), q.stride(-1), *strides,
         raw.stride(0), raw.stride(1), raw.stride(2) if scoring.per_head else 0,
-        *((0, 0) if peaks is None else peaks.stride()[:2]),
         stride_of(seq_lens), stride_of(seq_starts), stride_of(page_table),
-        num_pages, num_pages * page_size, dense_pages, score_weight, softmax_scale,
-        P=page_size, **scoring.constants, BLOCK_N=scoring.block_n, SINK=sink_pages, RECENT=recent_pages,
-        GS=plan.group_size if in_pass else 1, PEAKS=in_pass,
+        num_pages, num_pages * page_size, score_weight, softmax_scale,
+        P=page_size, **scoring.constants, BLOCK_N=scoring.block_n,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
-        PDL=in_pass and target_of(q.device).dependent_launch, num_warps=scoring.num_warps,
+        num_warps=scoring.num_warps,
     )  # fmt: skip
     if scoring.per_head:
         _page_vote_fwd_kernel[(num_kv_heads, batch)](
             raw, out, *raw.stride()[:3], *out.stride()[:2], num_pages, softmax_scale,
             G=group, BLOCK_N=1024, VOTE=VOTE[group_reduce], num_warps=4,
         )  # fmt: skip
-        if peaks is not None:
-            write_peaks(
-                out, peaks, plan, page_size=page_size, sink_pages=sink_pages, recent_pages=recent_pages,
-                seq_lens=seq_lens, seq_starts=seq_starts,
-            )  # fmt: skip
     return out

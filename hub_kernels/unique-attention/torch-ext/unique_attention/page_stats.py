@@ -81,6 +81,78 @@ def _store_codes(
         )
 
 
+@triton.jit
+def refresh_pages(
+    k_ptr, k_new_ptr, v_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr, mask_ptr, table_ptr, stride_table,
+    stride_kp, stride_kt, stride_nt, stride_vp, stride_vt, stride_wt, stride_cp, stride_cv, stride_sp, stride_sv,
+    stride_dp, b, page_begin, last_page, start, end, num_new,
+    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BDV: tl.constexpr,
+    NG: tl.constexpr, NPG: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, APPEND: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
+):  # fmt: skip
+    """Eq. 1 for pages `page_begin .. page_begin + NPG - 1` of a row, after writing the new tokens that fall there.
+
+    The pointers are those of the row.
+    """
+    pages = page_begin + tl.arange(0, NPG)
+    mask_page = pages < last_page
+    physical = physical_page(table_ptr, stride_table, b, pages, mask_page, HAS_TABLE)
+    slots = pages[:, None] * P + tl.arange(0, P)[None, :]  # [NPG, P]
+    valid = mask_page[:, None] & (slots >= start) & (slots < end)
+    if HAS_MASK:
+        valid &= tl.load(mask_ptr + slots, mask=valid, other=0) != 0
+    offs_t = tl.arange(0, P)[None, :]
+    offs_h = tl.arange(0, 2)[None, None, :, None]
+    offs_c = tl.arange(0, BC)[None, None, None, :]
+    dims = int4_dims(offs_c, offs_h, C)
+    mask_dim = (offs_c < C) & (dims < D)
+    seen = valid[:, :, None, None] & mask_dim
+    token_k = physical[:, None] * stride_kp + offs_t * stride_kt
+    where_k = k_ptr + token_k[:, :, None, None] + dims
+    if APPEND:
+        first_new = end - num_new
+        is_new = mask_page[:, None] & (slots >= first_new) & (slots < end)
+        new_mask = is_new[:, :, None, None] & mask_dim
+        token_n = (slots - first_new).to(tl.int64) * stride_nt
+        fresh = tl.load(k_new_ptr + token_n[:, :, None, None] + dims, mask=new_mask, other=0.0)
+        tl.store(where_k, fresh, mask=new_mask)
+        old = tl.load(where_k, mask=seen & (slots < first_new)[:, :, None, None], other=0.0)
+        keys = tl.where(new_mask, fresh, old)
+        offs_v = tl.arange(0, BDV)[None, None, :]
+        mask_v = is_new[:, :, None] & (offs_v < DV)
+        token_w = (slots - first_new).to(tl.int64) * stride_wt
+        token_v = physical[:, None] * stride_vp + offs_t * stride_vt
+        values = tl.load(v_new_ptr + token_w[:, :, None] + offs_v, mask=mask_v, other=0.0)
+        tl.store(v_ptr + token_v[:, :, None] + offs_v, values, mask=mask_v)
+    else:
+        keys = tl.load(where_k, mask=seen, other=0.0)
+    keys = tl.where(seen, keys.to(tl.float32), 0.0)  # [NPG, P, 2, BC]
+    count = tl.sum(valid.to(tl.float32), axis=1)  # [NPG]
+    weight = tl.where(count > 0, 1.0 / tl.maximum(count, 1.0), 0.0)
+    total = tl.zeros_like(count)
+    if FORM == MINMAX:
+        first = tl.max(tl.where(seen, keys, float("-inf")), axis=1)
+        second = tl.min(tl.where(seen, keys, float("inf")), axis=1)
+        first = tl.where(first == float("-inf"), 0.0, first)
+        second = tl.where(second == float("inf"), 0.0, second)
+    else:
+        first = tl.sum(keys, axis=1) * weight[:, None, None]
+        deviation = tl.where(seen, keys - first[:, None, :, :], 0.0)
+        variance = tl.sum(deviation * deviation, axis=1) * weight[:, None, None]
+        second = tl.sqrt(variance)
+        if FORM == SCALAR:
+            total = tl.sqrt(tl.sum(tl.sum(variance, axis=2), axis=1))
+    offs_pc = physical * stride_cp
+    offs_ps = physical * stride_sp
+    _store_codes(first, codes_ptr, scales_ptr, offs_pc, offs_ps, mask_page, D, C, BC, NG, KIND)
+    if FORM > SCALAR:
+        second_scales = scales_ptr
+        if KIND >= FP8:
+            second_scales += stride_sv
+        _store_codes(second, codes_ptr + stride_cv, second_scales, offs_pc, offs_ps, mask_page, D, C, BC, NG, KIND)
+    tl.store(spread_ptr + physical * stride_dp, total.to(spread_ptr.dtype.element_ty), mask=mask_page)
+
+
 @triton.jit(do_not_specialize=["num_pages", "num_new", "capacity"])
 def _page_stats_fwd_kernel(
     k_ptr, k_new_ptr, v_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
@@ -108,83 +180,33 @@ def _page_stats_fwd_kernel(
     pid_b = tl.program_id(2).to(tl.int64)
     end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
-    first_new = tl.maximum(end - num_new, 0)
     page_begin = tl.program_id(0) * NPG
     last_page = num_pages
     if ONLY_NEW:
-        page_begin += first_new // P
+        page_begin += tl.maximum(end - num_new, 0) // P
         last_page = tl.minimum(num_pages, tl.cdiv(end, P))
     if page_begin < last_page:
-        pages = page_begin + tl.arange(0, NPG)
-        mask_page = pages < last_page
-        physical = physical_page(table_ptr, stride_table, pid_b, pages, mask_page, HAS_TABLE)
-        slots = pages[:, None] * P + tl.arange(0, P)[None, :]  # [NPG, P]
-        valid = mask_page[:, None] & (slots >= start) & (slots < end)
-        if HAS_MASK:
-            valid &= tl.load(mask_ptr + pid_b * stride_mask + slots, mask=valid, other=0) != 0
-        offs_t = tl.arange(0, P)[None, :]
-        offs_h = tl.arange(0, 2)[None, None, :, None]
-        offs_c = tl.arange(0, BC)[None, None, None, :]
-        dims = int4_dims(offs_c, offs_h, C)
-        mask_dim = (offs_c < C) & (dims < D)
-        token_k = physical[:, None] * stride_kp + offs_t * stride_kt + pid_b * stride_kb + pid_h * stride_kh
-        if APPEND:
-            is_new = mask_page[:, None] & (slots >= first_new) & (slots < end)
-            token_n = (slots - (end - num_new)).to(tl.int64) * stride_nt + pid_b * stride_nb + pid_h * stride_nh
-            new_mask = is_new[:, :, None, None] & mask_dim
-            fresh = tl.load(k_new_ptr + token_n[:, :, None, None] + dims, mask=new_mask, other=0.0)
-            tl.store(k_ptr + token_k[:, :, None, None] + dims, fresh, mask=new_mask)
-            old = tl.load(
-                k_ptr + token_k[:, :, None, None] + dims,
-                mask=(valid & (slots < first_new))[:, :, None, None] & mask_dim,
-                other=0.0,
-            )
-            keys = tl.where(is_new[:, :, None, None], fresh, old).to(tl.float32)
-            offs_v = tl.arange(0, BDV)[None, None, :]
-            token_w = (slots - (end - num_new)).to(tl.int64) * stride_wt + pid_b * stride_wb + pid_h * stride_wh
-            token_v = physical[:, None] * stride_vp + offs_t * stride_vt + pid_b * stride_vb + pid_h * stride_vh
-            mask_v = is_new[:, :, None] & (offs_v < DV)
-            tl.store(
-                v_ptr + token_v[:, :, None] + offs_v,
-                tl.load(v_new_ptr + token_w[:, :, None] + offs_v, mask=mask_v, other=0.0),
-                mask=mask_v,
-            )
-        else:
-            keys = tl.load(
-                k_ptr + token_k[:, :, None, None] + dims, mask=valid[:, :, None, None] & mask_dim, other=0.0
-            ).to(tl.float32)
-        # [NPG, P, 2, BC]; masked tokens and dims are zero
-        count = tl.sum(valid.to(tl.float32), axis=1)  # [NPG]
-        weight = tl.where(count > 0, 1.0 / tl.maximum(count, 1.0), 0.0)
-        if FORM == MINMAX:
-            seen = valid[:, :, None, None] & mask_dim
-            first = tl.max(tl.where(seen, keys, float("-inf")), axis=1)
-            second = tl.min(tl.where(seen, keys, float("inf")), axis=1)
-            first = tl.where(first == float("-inf"), 0.0, first)
-            second = tl.where(second == float("inf"), 0.0, second)
-            total = tl.zeros_like(count)
-        else:
-            first = tl.sum(keys, axis=1) * weight[:, None, None]
-            deviation = tl.where(valid[:, :, None, None], keys - first[:, None, :, :], 0.0)
-            variance = tl.sum(deviation * deviation, axis=1) * weight[:, None, None]
-            second = tl.sqrt(variance)
-            total = tl.sqrt(tl.sum(tl.sum(variance, axis=2), axis=1))
-        row_c = codes_ptr + pid_b * stride_cb + pid_h * stride_ch
         row_s = scales_ptr
         if KIND >= FP8:
             row_s += pid_b * stride_sb + pid_h * stride_sh
-        offs_pc = physical * stride_cp
-        offs_ps = physical * stride_sp
-        _store_codes(first, row_c, row_s, offs_pc, offs_ps, mask_page, D, C, BC, NG, KIND)
-        if FORM > SCALAR:
-            row_t = row_s
-            if KIND >= FP8:
-                row_t += stride_sv
-            _store_codes(second, row_c + stride_cv, row_t, offs_pc, offs_ps, mask_page, D, C, BC, NG, KIND)
-        if FORM != SCALAR:
-            total = tl.zeros_like(count)
-        spread = spread_ptr + pid_b * stride_db + pid_h * stride_dh + physical * stride_dp
-        tl.store(spread, total.to(spread_ptr.dtype.element_ty), mask=mask_page)
+        row_mask = mask_ptr
+        if HAS_MASK:
+            row_mask += pid_b * stride_mask
+        row_n = k_new_ptr
+        row_v = v_ptr
+        row_w = v_new_ptr
+        if APPEND:
+            row_n += pid_b * stride_nb + pid_h * stride_nh
+            row_v += pid_b * stride_vb + pid_h * stride_vh
+            row_w += pid_b * stride_wb + pid_h * stride_wh
+        refresh_pages(
+            k_ptr + pid_b * stride_kb + pid_h * stride_kh, row_n, row_v, row_w,
+            codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
+            spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_mask, table_ptr, stride_table,
+            stride_kp, stride_kt, stride_nt, stride_vp, stride_vt, stride_wt, stride_cp, stride_cv, stride_sp,
+            stride_sv, stride_dp, pid_b, page_begin, last_page, start, end, num_new,
+            P, D, DV, C, BC, BDV, NG, NPG, KIND, FORM, APPEND, HAS_MASK, HAS_TABLE,
+        )  # fmt: skip
 
 
 def _launch(
