@@ -76,7 +76,7 @@ def inputs(shape: Shape, data: str, device: str) -> list[torch.Tensor]:
 
 @contextmanager
 def recorded_tiles():
-    """Collects the lists of open tiles of the calls made inside."""
+    """Collects the maps of open tiles of the calls made inside."""
     seen = []
     select = soft_mask.select_tiles
 
@@ -92,11 +92,11 @@ def open_share(q, k, v, setting: Setting) -> float:
     """Share of the causal tiles that the mask leaves open."""
     with recorded_tiles() as seen, torch.no_grad():
         soft_mask.soft_mask_attention(q, k, v, **setting.arguments)
-    tiles = seen[0][1]
-    rows, columns = tiles.rows.shape[1:]
+    is_open = seen[0][1]
+    rows, columns = is_open.shape[1:]
     block_t, block_s = math.ceil(q.shape[2] / rows), math.ceil(q.shape[2] / columns)
     causal = sum(((i + 1) * block_t - 1) // block_s + 1 for i in range(rows))
-    return tiles.num_rows.sum().item() / (tiles.rows.shape[0] * min(causal, rows * columns))
+    return is_open.sum().item() / (is_open.shape[0] * min(causal, rows * columns))
 
 
 def train_step(function, tensors):

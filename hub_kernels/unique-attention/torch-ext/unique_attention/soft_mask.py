@@ -1,4 +1,4 @@
-"""Soft-mask attention for training (Eq. 6): fused forward and backward, O(T) memory and 9 bytes per tile.
+"""Soft-mask attention for training (Eq. 6): fused forward and backward, O(T) memory and one byte per tile.
 
 May import torch, triton, `settings`, `_common` and `soft_mask_*`. How a call runs:
 
@@ -24,7 +24,7 @@ from ._common import target_of
 from .settings import resolve_score_weight
 from .soft_mask_bwd import _soft_mask_bwd_dkv_kernel, _soft_mask_bwd_dq_kernel
 from .soft_mask_fwd import _soft_mask_fwd_attend_kernel
-from .soft_mask_select import Tiles, select_tiles
+from .soft_mask_select import open_lists, select_tiles
 from .soft_mask_stats import LINEAR_FORMS, Features, add_feature_grads, features
 
 
@@ -214,13 +214,17 @@ def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, La
     group_pow2 = triton.next_power_of_2(group)
     block_d, block_dv = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
     size = q.element_size()
+    num_features = block_d * (2 if settings.score == "minmax" else 1)
     backend = target_of(q.device).backend
     interpreted = backend == "interpreter"
     launch = LAUNCH_INTERPRETER if interpreted else LAUNCH[max(64, block_d, block_dv), size]
+    block_t = max(launch.rows // group_pow2, 8)
+    # eight warps where four would have to spill: rows of more than 8 heads, long accumulators of dfq
+    if not interpreted and (block_t * group_pow2 > launch.rows or block_t * num_features >= 8192):
+        launch = launch._replace(**{name: (8, getattr(launch, name)[1]) for name in ("fwd", "dq", "dkv")})
     if backend == "hip":  # 64 KB of shared memory
         launch = launch._replace(dkv=(launch.dkv[0], 1))
     chunk = min(settings.page_size, launch.keys // 16)
-    num_features = block_d * (2 if settings.score == "minmax" else 1)
     meta = {
         "sink_pages": settings.sink_pages, "recent_pages": settings.recent_pages, "scale": settings.softmax_scale,
         "softcap": settings.softcap or 0.0, "inv_temperature": min(1.0 / settings.temperature, 1e30),
@@ -228,7 +232,7 @@ def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, La
         "BLOCK_D": block_d, "BLOCK_DV": block_dv, "PAGE_SIZE": settings.page_size, "NUM_FEATURES": num_features,
         "HAS_SCALAR": settings.score == "scalar", "HAS_SOFTCAP": settings.softcap is not None,
         "HAS_MASK": layout.valid is not None, "PRECISION": "ieee" if size == 4 else "tf32",
-        "BLOCK_T": max(launch.rows // group_pow2, 8), "BLOCK_S": launch.keys, "CHUNK": chunk,
+        "BLOCK_T": block_t, "BLOCK_S": launch.keys, "CHUNK": chunk,
     }  # fmt: skip
     wide = num_features * size
     select = {
@@ -253,32 +257,33 @@ class _SoftMaskAttention(torch.autograd.Function):
         meta, select, launch = _launch(q, k, v, layout, settings)
         form = {name: getattr(settings, name) for name in ("page_size", "score", "score_weight")}
         feats = features(q, k, **form, valid=layout.valid)
-        thresholds, tiles = select_tiles(*feats, layout, meta, select, settings.threshold_grad)
+        thresholds, is_open = select_tiles(*feats, layout, meta, select, settings.threshold_grad)
         # [B, T, H, DV] in memory: that is where the model wants it next
         out = torch.empty(B, T, H, v.shape[-1], dtype=q.dtype, device=q.device).transpose(1, 2)
         lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-        N, (NQB, NKB) = feats.fp.shape[2], tiles.rows.shape[1:]
+        N, (NQB, NKB) = feats.fp.shape[2], is_open.shape[1:]
         valid = lse if layout.valid is None else layout.valid
         num_warps, num_stages = launch.fwd
         _soft_mask_fwd_attend_kernel[(NQB, B * HK)](
             q, k, v, out, lse, *feats, thresholds.theta, layout.start, valid, lse if sinks is None else sinks,
-            tiles.rows, tiles.num_rows,
+            *open_lists(is_open, by_keys=False),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *layout.start.stride(),
             valid.stride(0), T, N, NQB, NKB, HK, **meta, HAS_SINKS=sinks is not None,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *layout, *feats, *thresholds, *tiles)
+        # features and lists are cheap to make again and would stay in memory for every layer
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *layout, *thresholds, is_open)
         ctx.threshold_grad, ctx.launch = settings.threshold_grad, (meta, form, launch)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, sinks, out, lse, start, valid, *rest = ctx.saved_tensors
-        feats, (theta, above, below), tiles = Features(*rest[:4]), rest[4:7], Tiles(*rest[7:])
+        q, k, v, sinks, out, lse, start, valid, theta, above, below, is_open = ctx.saved_tensors
         meta, form, launch = ctx.launch
+        feats = features(q, k, **form, valid=valid)
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        (B, HK, T, _), N, (NQB, NKB) = k.shape, feats.fp.shape[2], tiles.rows.shape[1:]
+        (B, HK, T, _), N, (NQB, NKB) = k.shape, feats.fp.shape[2], is_open.shape[1:]
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
         dtheta = torch.empty_like(theta) if ctx.threshold_grad else theta
         dfq, dnq = torch.empty_like(feats.fq, dtype=q.dtype), torch.empty_like(feats.nq)
@@ -287,7 +292,8 @@ class _SoftMaskAttention(torch.autograd.Function):
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         num_warps, num_stages = launch.dq
         _soft_mask_bwd_dq_kernel[(NQB, B * HK)](
-            q, k, v, out, dout, lse, *feats, theta, above, below, start, mask, tiles.rows, tiles.num_rows,
+            q, k, v, out, dout, lse, *feats, theta, above, below, start, mask,
+            *open_lists(is_open, by_keys=False),
             dq, dfq, dnq, delta, dtheta,
             *strides, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *common, **meta,
             THRESHOLD_GRAD=ctx.threshold_grad, num_warps=num_warps, num_stages=num_stages,
@@ -299,8 +305,8 @@ class _SoftMaskAttention(torch.autograd.Function):
         step_t = min(meta["BLOCK_T"], max(8, launch.step_rows // meta["GROUP_POW2"]))
         num_warps, num_stages = launch.dkv
         _soft_mask_bwd_dkv_kernel[(NKB, B * HK)](
-            q, k, v, dout, lse, delta, *feats, theta, dtheta, above, below, start, mask, tiles.columns,
-            tiles.num_columns, dk, dv, dfp, dfs,
+            q, k, v, dout, lse, delta, *feats, theta, dtheta, above, below, start, mask,
+            *open_lists(is_open, by_keys=True), dk, dv, dfp, dfs,
             *strides, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *common, **meta, STEP_T=step_t,
             THRESHOLD_GRAD=ctx.threshold_grad, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip

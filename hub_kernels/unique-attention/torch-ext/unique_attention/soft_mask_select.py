@@ -28,15 +28,6 @@ class Thresholds(NamedTuple):
     below: torch.Tensor
 
 
-class Tiles(NamedTuple):
-    """Open tiles: per block of queries `rows [B*HK, NQB, NKB]`, `num_rows [B*HK, NQB]`, and so per block of keys."""
-
-    rows: torch.Tensor
-    num_rows: torch.Tensor
-    columns: torch.Tensor
-    num_columns: torch.Tensor
-
-
 @triton.jit
 def candidate_scores(
     fq, fp_ptr, fs_ptr, nq, pages, low_page, high_page, N,
@@ -212,13 +203,13 @@ def _lower(high, count_high, cut, count, num_free):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _soft_mask_fwd_tiles_kernel(
-    fq_ptr, nq_ptr, fp_ptr, fs_ptr, start_ptr, theta_ptr, below_ptr, open_ptr, list_ptr, count_ptr,
+    fq_ptr, nq_ptr, fp_ptr, fs_ptr, start_ptr, theta_ptr, below_ptr, open_ptr,
     stride_start_b, stride_start_t,
     T, N, NQB, NKB, HK, sink_pages, recent_pages, inv_temperature, cut,
     PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, WITH_IDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of queries from the last, b * HK) writes the list of its open tiles and its row of the map."""
+    """Program (block of queries from the last, b * HK) writes its row of the map of open tiles."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
     offs_t = (pid_t * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
@@ -243,12 +234,10 @@ def _soft_mask_fwd_tiles_kernel(
     floor = theta * inv_temperature + cut
 
     TILES: tl.constexpr = BLOCK_C * CHUNK // BLOCK_S
-    list_ptr += (pid_bh * NQB + pid_t) * NKB
     open_ptr += (pid_bh * NQB + pid_t) * NKB
     own_first = (pid_t * BLOCK_T).to(tl.int32) // BLOCK_S  # tiles on the diagonal are always listed
     last_t = tl.minimum((pid_t * BLOCK_T).to(tl.int32) + BLOCK_T, T) - 1
     first = tl.minimum(tl.min(tl.where(mask_t, start, N)) * PAGE_SIZE // BLOCK_S, own_first) // TILES * TILES
-    count = 0
     for tile in range(first, last_t // BLOCK_S + 1, TILES):
         pages = (tile * BLOCK_S + tl.arange(0, BLOCK_C) * CHUNK) // PAGE_SIZE
         score, free = candidate_scores(
@@ -263,33 +252,50 @@ def _soft_mask_fwd_tiles_kernel(
         any_open = tl.where(offs_k >= own_first, 1, any_open)
         any_open = tl.where(offs_k * BLOCK_S <= last_t, any_open, 0)
         tl.store(open_ptr + offs_k, any_open.to(tl.uint8), mask=offs_k < NKB)
-        tl.store(list_ptr + count + tl.cumsum(any_open, axis=0) - 1, offs_k, mask=any_open > 0)
-        count += tl.sum(any_open, axis=0)
-    tl.store(count_ptr + pid_bh * NQB + pid_t, count)
 
 
-@triton.jit(do_not_specialize=["NQB", "NKB"])
-def _soft_mask_fwd_columns_kernel(
-    open_ptr, list_ptr, count_ptr,
-    NQB, NKB,
-    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
+@triton.jit(do_not_specialize=["num_lists", "length", "stride_list", "stride_item"])
+def _soft_mask_fwd_list_kernel(
+    open_ptr, list_ptr, count_ptr, num_lists, length, stride_list, stride_item, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Program (block of keys, b * HK) writes the ascending list of the blocks of queries for which it is open."""
-    pid_k = tl.program_id(0).to(tl.int64)
+    """Program (block of queries or keys, b * HK) writes the ascending list of the blocks that are open with it."""
+    pid = tl.program_id(0).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
-    open_ptr += pid_bh * NQB * NKB + pid_k
-    list_ptr += (pid_bh * NKB + pid_k) * NQB
-    first = (pid_k * BLOCK_S).to(tl.int32) // BLOCK_T
+    open_ptr += pid_bh * num_lists * length + pid * stride_list
+    list_ptr += (pid_bh * num_lists + pid) * length
     count = 0
-    for q in range(first, NQB, BLOCK_Q):
-        offs_q = q + tl.arange(0, BLOCK_Q)
-        is_open = tl.load(open_ptr + offs_q.to(tl.int64) * NKB, mask=offs_q < NQB, other=0).to(tl.int32)
-        tl.store(list_ptr + count + tl.cumsum(is_open, axis=0) - 1, offs_q, mask=is_open > 0)
+    for start in range(0, length, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        is_open = tl.load(open_ptr + offs.to(tl.int64) * stride_item, mask=offs < length, other=0).to(tl.int32)
+        tl.store(list_ptr + count + tl.cumsum(is_open, axis=0) - 1, offs, mask=is_open > 0)
         count += tl.sum(is_open, axis=0)
-    tl.store(count_ptr + pid_bh * NKB + pid_k, count)
+    tl.store(count_ptr + pid_bh * num_lists + pid, count)
 
 
-def select_tiles(fq, nq, fp, fs, layout, meta: dict, select: dict, threshold_grad: bool) -> tuple[Thresholds, Tiles]:
+def open_lists(is_open: torch.Tensor, by_keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a block of queries has to visit, or with `by_keys` what a block of keys has to.
+
+    Args:
+        is_open (`torch.Tensor`): `[B * HK, NQB, NKB]` uint8 map of the open tiles.
+        by_keys (`bool`): Lists of blocks of queries, one per block of keys, instead of the other way round.
+    Returns:
+        `tuple`: `[B * HK, NQB, NKB]` ascending lists and `[B * HK, NQB]` how many entries count; with `by_keys`
+        `[B * HK, NKB, NQB]` and `[B * HK, NKB]`.
+    """
+    rows, NQB, NKB = is_open.shape
+    num_lists, length = (NKB, NQB) if by_keys else (NQB, NKB)
+    lists = torch.empty(rows, num_lists, length, dtype=torch.int32, device=is_open.device)
+    counts = torch.empty(rows, num_lists, dtype=torch.int32, device=is_open.device)
+    strides = (1, NKB) if by_keys else (NKB, 1)
+    _soft_mask_fwd_list_kernel[(num_lists, rows)](
+        is_open, lists, counts, num_lists, length, *strides, BLOCK=256, num_warps=1
+    )
+    return lists, counts
+
+
+def select_tiles(
+    fq, nq, fp, fs, layout, meta: dict, select: dict, threshold_grad: bool
+) -> tuple[Thresholds, torch.Tensor]:
     """Thresholds of all queries and the tiles that the soft mask leaves open.
 
     Equation: theta = (S_(K') + S_(K'+1)) / 2 over the free pages of a query, -inf where it has at most K' (Eq. 6).
@@ -301,7 +307,7 @@ def select_tiles(fq, nq, fp, fs, layout, meta: dict, select: dict, threshold_gra
         select (`dict`): `num_free` K', `cut` (logit of the smallest gate that counts), blocks.
         threshold_grad (`bool`): Also return the pages that set theta, and keep their tiles open.
     Returns:
-        `tuple`: [`Thresholds`] and [`Tiles`].
+        `tuple`: [`Thresholds`], and the map of open tiles `[B * HK, NQB, NKB]` uint8.
 
     Numerics: theta is exact for the fp32 scores; deterministic; cost about 8 passes of a T x N x F product.
     """
@@ -321,15 +327,10 @@ def select_tiles(fq, nq, fp, fs, layout, meta: dict, select: dict, threshold_gra
     )  # fmt: skip
     block_t, block_s = meta["BLOCK_T"], meta["BLOCK_S"]
     NQB, NKB = triton.cdiv(T, block_t), triton.cdiv(T, block_s)
-    shapes = ((NQB, NKB), (NQB,), (NKB, NQB), (NKB,))
-    tiles = Tiles(*(torch.empty(B * HK, *shape, dtype=torch.int32, device=device) for shape in shapes))
     is_open = torch.zeros(B * HK, NQB, NKB, dtype=torch.uint8, device=device)
     _soft_mask_fwd_tiles_kernel[(NQB, B * HK)](
-        fq, nq, fp, fs, layout.start, theta, below, is_open, tiles.rows, tiles.num_rows, *starts, T, N, NQB, NKB, HK,
-        *forced, meta["inv_temperature"], select["cut"],
+        fq, nq, fp, fs, layout.start, theta, below, is_open, *starts, T, N, NQB, NKB, HK, *forced,
+        meta["inv_temperature"], select["cut"],
         **pages, BLOCK_T=block_t, BLOCK_S=block_s, CHUNK=meta["CHUNK"], BLOCK_C=select["BLOCK_C"], num_warps=4,
     )  # fmt: skip
-    _soft_mask_fwd_columns_kernel[(NKB, B * HK)](
-        is_open, tiles.columns, tiles.num_columns, NQB, NKB, BLOCK_S=block_s, BLOCK_T=block_t, BLOCK_Q=256, num_warps=1
-    )
-    return Thresholds(theta, above, below), tiles
+    return Thresholds(theta, above, below), is_open
