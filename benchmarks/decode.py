@@ -1,7 +1,8 @@
 """Decode attention: UNIQUE against torch SDPA and FlashInfer, in one run, inside CUDA graphs.
 
-`python -m benchmarks.decode` on a CUDA device writes `benchmarks/results/decode_h200.json`; `--smoke` runs a tiny case anywhere.
-Every row carries the needle accuracy and the recall of attention mass that `benchmarks/quality.py` measured for its settings.
+`python -m benchmarks.decode` on a CUDA device writes `benchmarks/results/decode_h200.json`; `--smoke` runs a tiny case
+anywhere. Every row carries the needle accuracy and the recall of attention mass that `benchmarks/quality.py` measured for
+its settings. The time of UNIQUE includes writing the new token and its statistics; that of the baselines does not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import torch
 from benchmarks.environment import RESULTS, time_us, write_results
 from unique_attention import ops
 from unique_attention.settings import UniqueConfig
-
 
 READ_RATE = 4.4e12  # bytes per second that dense decode reaches on an H200
 COLD_BYTES = 300 * 2**20  # inputs rotate until they exceed the L2 cache by far
@@ -159,13 +159,11 @@ class Decode:
             "counters": torch.zeros(shape.batch * shape.kv_heads, dtype=torch.int32, device=device),
         }  # fmt: skip
 
-    def step(self, x: dict, append: bool = True):
-        """Append one token's keys and values, then attend."""
-        if append:
-            ops.append_tokens(x["k"], x["v"], x["stats"], *x["new"], x["lens"], **x["names"])
+    def step(self, x: dict):
+        """Append one token's keys and values, score, select, attend."""
         return ops.unique_decode(
             x["q"], x["k"], x["v"], x["stats"], config=self.config, seq_lens=x["lens"], counters=x["counters"],
-            dense_below=self.dense_below,
+            dense_below=self.dense_below, new=tuple(x["new"]),
         )  # fmt: skip
 
     def score(self, x: dict):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
