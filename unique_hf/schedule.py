@@ -1,4 +1,4 @@
-"""How sharp the soft mask is, how many tokens it keeps and when it is off, step by step. Imports the kernel's settings.
+"""How sharp the soft mask is, how many tokens it keeps and when it is off, step by step. Standard library only.
 
 What a first training run taught: with one length, one budget and the mask in every step the model leaves the work of
 suppressing other tokens to the mask, and forgets it. So the budget is drawn anew for every step, a share of the steps

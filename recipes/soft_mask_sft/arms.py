@@ -5,10 +5,11 @@
 
 Every arm starts from the same weights and sees the same batches in the same order: `start` (no training), `dense`
 (the control), `hard` (the mask is a cut from the first step on) and `soft`. Arms run in the order of `tasks()`, one
-per GPU at a time, and `OUT/arms.json` is written after each; arms that `--resume FILE` holds already are not run again.
+per GPU at a time; `OUT/arms.json` is written after each, and arms that `--resume FILE` holds are not run again.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import shutil
@@ -138,13 +139,20 @@ def _claim(devices):
         torch.set_num_threads(1)
 
 
+@functools.cache
+def _tokenizer(path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
 def run_task(task, preset, options):
     """Trains and evaluates one arm in a worker process.
 
     Returns:
         `list[dict]`: A record per evaluation; empty if the time left would not have been enough.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if time.time() + options["estimate"] > options["deadline"]:
         return []
@@ -154,7 +162,7 @@ def run_task(task, preset, options):
     model = AutoModelForCausalLM.from_pretrained(
         options["model"], dtype=torch.float32, attn_implementation="unique"
     ).to(_DEVICE[0])
-    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    tokenizer = _tokenizer(options["model"])
     settings = {"page_size": task.page_size, "score": task.score, "budget": preset.plan.budgets[1]}
     unique_hf.configure(model, **settings)
     training = None
@@ -180,9 +188,7 @@ def _evaluations(task, model, tokenizer, preset):
     for page_size, score in task.evaluations:
         settings = {"page_size": page_size, "score": score}
         wanted = [cell for cell in preset.cells if cell.budget is not None or not dense]
-        rows = evaluate(
-            model, tokenizer, wanted, preset.sizes, settings=settings, rows_at_once=preset.rows
-        )
+        rows = evaluate(model, tokenizer, wanted, preset.sizes, settings=settings, rows_at_once=preset.rows)
         # dense rows do not depend on the settings: measured once per model
         dense = dense or [row for row in rows if row["budget"] is None]
         rows = dense + [row for row in rows if row["budget"] is not None]
@@ -232,7 +238,11 @@ def environment():
     import transformers
 
     cuda = torch.cuda.is_available()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "unique_hf": unique_hf.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "unique_hf": unique_hf.__version__,
+    }
     if cuda:
         import triton
 
@@ -285,7 +295,9 @@ def parse_args():
     parser.add_argument("--state", type=Path, default=Path("build/soft_mask_sft"), help="batches, text, checkpoints")
     parser.add_argument("--minutes", type=float, default=1e6, help="no arm starts that would not end by then")
     parser.add_argument("--estimate", type=float, default=110, help="seconds an arm is expected to take")
-    parser.add_argument("--arms", nargs="+", help="only these, by name (soft-p16-s0, dense-s0, ...), in the usual order")
+    parser.add_argument(
+        "--arms", nargs="+", help="only these, by name (soft-p16-s0, dense-s0, ...), in the usual order"
+    )
     parser.add_argument("--resume", type=Path, help="arms.json of an earlier call: its arms are kept, not run again")
     parser.add_argument("--ship", nargs="*", default=["soft-p16-s0", "soft-p8-s0"], help="checkpoints to copy to OUT")
     parser.add_argument("--steps", type=int, help="training steps")
@@ -311,9 +323,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     args.state.mkdir(parents=True, exist_ok=True)
     seeds = sorted({task.seed for task in wanted if task.arm != "start"})
-    batches = {
-        seed: build_batches(preset.plan, seed, args.state, preset.text_bytes, preset.workers) for seed in seeds
-    }
+    batches = {seed: build_batches(preset.plan, seed, args.state, preset.text_bytes, preset.workers) for seed in seeds}
     options = {
         "model": args.model, "state": args.state, "batches": batches, "temperature": tuple(args.temperature),
         "dense_share": args.dense_share, "estimate": args.estimate, "deadline": began + 60 * args.minutes,

@@ -5,6 +5,7 @@ question is a row, and a row that has read its question goes on with its own ans
 """
 
 import copy
+import functools
 import math
 import random
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Cell:
     trained: bool = True
 
 
+@functools.lru_cache(maxsize=8)
 def haystacks(tokenizer, length, count, questions, seed=1000):
     """Haystacks of exactly `length` tokens, with facts that no training row held; filled up in front with text."""
     source = topics(held_out=True)
@@ -89,8 +91,10 @@ def evaluate(model, tokenizer, cells, sizes, *, settings, rows_at_once):
         settings (`dict`): Settings of UNIQUE attention beside the budget.
         rows_at_once (`dict`): Length to questions decoded together.
     Returns:
-        `list[dict]`, one per cell: `length, budget, trained, questions, accuracy, outcomes` ("1" right, "0" wrong),
-        and of sparse cells what was read: `sparse_rows, dense_rows, pages_read, pages_present`.
+        `list[dict]`, one per cell: `length, budget, trained, questions, accuracy, outcomes` ("1" right, "0" wrong) and
+        `pages_read`, the share of the pages that decoding read (1 where dense).
+    Raises:
+        RuntimeError: a sparse cell ran dense.
     """
     results = []
     for length in sorted({cell.length for cell in cells}):
@@ -98,18 +102,18 @@ def evaluate(model, tokenizer, cells, sizes, *, settings, rows_at_once):
         stacks = haystacks(tokenizer, length, count, questions)
         group = max(1, rows_at_once[length] // questions)
         here = [cell for cell in cells if cell.length == length]
-        outcomes = {cell: "" for cell in here}
+        outcomes, read = dict.fromkeys(here, ""), dict.fromkeys(here, 1.0)
         for start in range(0, count, group):
             part = stacks[start : start + group]
             for dense in (True, False):
                 wanted = [cell for cell in here if (cell.budget is None) == dense]
                 if wanted:
-                    _evaluate_part(model, tokenizer, part, wanted, settings, dense, outcomes)
-        results += [_row(cell, outcomes[cell]) for cell in here]
+                    _evaluate_part(model, tokenizer, part, wanted, settings, dense, outcomes, read)
+        results += [_row(cell, outcomes[cell], read[cell]) for cell in here]
     return results
 
 
-def _evaluate_part(model, tokenizer, part, cells, settings, dense, outcomes):
+def _evaluate_part(model, tokenizer, part, cells, settings, dense, outcomes, read):
     # dense rows come from Transformers' own attention, not from ours with everything kept
     name = model.config._attn_implementation
     model.set_attn_implementation("sdpa" if dense else name)
@@ -129,22 +133,23 @@ def _evaluate_part(model, tokenizer, part, cells, settings, dense, outcomes):
             right = [tokenizer.decode(ids).strip() == answer for ids, answer in zip(answers, expected)]
             outcomes[cell] += "".join("01"[ok] for ok in right)
             if not dense:
-                _must_be_sparse(model, cell)
+                read[cell] = _pages_read(model, cell)
     finally:
         model.set_attn_implementation(name)
 
 
-def _must_be_sparse(model, cell):
-    """A cell that silently ran dense would look like a perfect result."""
+def _pages_read(model, cell):
+    """Share of the pages read; a cell that silently ran dense would look like a perfect result, so it is an error."""
     counts = unique_hf.report(model, reset=True)
     if counts.dense_rows or not counts.sparse_rows:
         raise RuntimeError(
             f"expected only sparse rows at length {cell.length} and budget {cell.budget}, got {counts.sparse_rows} "
             f"sparse and {counts.dense_rows} dense: choose a budget below the length"
         )
+    return counts.pages_read / counts.pages_present
 
 
-def _row(cell, outcomes):
+def _row(cell, outcomes, pages_read):
     return {
         "length": cell.length,
         "budget": cell.budget,
@@ -152,6 +157,7 @@ def _row(cell, outcomes):
         "questions": len(outcomes),
         "accuracy": outcomes.count("1") / len(outcomes),
         "outcomes": outcomes,
+        "pages_read": pages_read,
     }
 
 

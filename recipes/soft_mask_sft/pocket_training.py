@@ -38,11 +38,8 @@ class Plan:
 
 def spec_of(plan, seed, step):
     """What the batch of a step is made of."""
-    draw = random.Random(f"lengths/{seed}/{step}").random() * sum(plan.lengths.values())
-    for length, share in plan.lengths.items():
-        draw -= share
-        if draw < 0:
-            break
+    draw = random.Random(f"lengths/{seed}/{step}")
+    [length] = draw.choices(list(plan.lengths), list(plan.lengths.values()))
     return Spec(length=length, rows=max(1, plan.tokens // length), mix=ROW_KINDS, alphabet=4095)
 
 
@@ -114,7 +111,9 @@ def train(model, plan, schedule: SoftMaskSchedule, batches, *, log_every=10):
         ids = torch.from_numpy(data[f"ids{step}"].astype(np.int64)).to(device)
         kinds = torch.from_numpy(data[f"kinds{step}"]).to(device)
         settings = schedule.settings(step, plan.steps, base, scale, most=(ids.shape[1] - 1) // 4)
-        unique_hf.configure(model, **{name: getattr(settings, name) for name in ("temperature", "budget", "soft_mask")})
+        unique_hf.configure(
+            model, **{name: getattr(settings, name) for name in ("temperature", "budget", "soft_mask")}
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(ids[:, :-1], use_cache=False).logits
             loss, stats = losses(logits, ids[:, 1:], kinds[:, 1:], TEXT_WEIGHT)
