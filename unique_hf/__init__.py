@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from . import capture
 from .backend import adapter, kernel_module
 from .check import check
 from .configure import configure
@@ -11,6 +12,9 @@ from .report import report
 
 UniqueCache = adapter().UniqueCache
 UniqueConfig = kernel_module().UniqueConfig
+
+# plain `generate` decodes through a captured step from here on, for models that ask for unique attention
+capture.install()
 
 __version__ = "0.1.0"
 __all__ = ["UniqueCache", "UniqueConfig", "check", "configure", "report"]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .backend import adapter
 from .table import render
+from .tally import Tally, collect
 
 COLUMNS = (
     "sparse_rows", "dense_rows", "prompt_rows", "soft_rows",
@@ -56,10 +57,12 @@ class Report:
     Args:
         layers (`tuple[LayerReport]`): Modules that ran, in the order of the model.
         total (`LayerReport`): Their sum.
+        capture (`Tally`): Generate calls that decoded through a captured step, and why others did not.
     """
 
     layers: tuple[LayerReport, ...]
     total: LayerReport
+    capture: Tally
 
     def __getattr__(self, name: str) -> Any:
         if name in COLUMNS or name in ("recall", "reasons"):
@@ -75,6 +78,7 @@ class Report:
         ]
         lines = [render(header, rows)]
         lines += [f"{count:,} decoded rows: {reason}" for reason, count in sorted(self.total.reasons.items())]
+        lines += self.capture.lines()
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -109,7 +113,7 @@ def report(model: PreTrainedModel, reset: bool = False) -> Report:
             del counters[module]
     rows = sum(count for _, count in sums)
     recall = sum(value for value, _ in sums) / rows if rows else None
-    return Report(tuple(layers), _row("total", layers, recall))
+    return Report(tuple(layers), _row("total", layers, recall), collect(model, reset))
 
 
 def _row(name: str, parts: list[Any], recall: float | None) -> LayerReport:

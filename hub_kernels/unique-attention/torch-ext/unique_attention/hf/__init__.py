@@ -10,12 +10,14 @@ from . import activity
 from .attention import unique_attention_forward
 from .cache import UniqueCache, UniqueDynamicLayer, UniqueStaticLayer
 from .masks import unique_mask
+from .settings import settings_of
 
 __all__ = [
     "UniqueCache",
     "UniqueDynamicLayer",
     "UniqueStaticLayer",
     "activity",
+    "settings_of",
     "unique_attention_forward",
     "unique_mask",
 ]

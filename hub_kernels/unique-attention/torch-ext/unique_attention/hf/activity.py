@@ -67,6 +67,11 @@ def probing() -> Iterator[dict[torch.nn.Module, list[tuple[int, Mode]]]]:
         PROBE.log = None
 
 
+def is_probing() -> bool:
+    """Whether this thread is inside `probing`."""
+    return getattr(PROBE, "log", None) is not None
+
+
 def note(module: torch.nn.Module, mode: Mode, query: torch.Tensor) -> Activity | None:
     """Count the rows of a call that is not sparse, or log it under `probing`.
 

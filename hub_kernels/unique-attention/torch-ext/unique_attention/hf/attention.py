@@ -169,7 +169,9 @@ class _NoBackward(torch.autograd.Function):
 
 def _decode(module, mode: Mode, query, key, value, facts, layer, call) -> torch.Tensor:
     settings = _settings(module, layer)
-    counting = not torch.compiler.is_compiling() and getattr(layer, "fixed_lens", None) is None
+    # a captured step is counted by its runner, which looks at the modes of the first run
+    fixed = getattr(layer, "fixed_lens", None) is not None
+    counting = not torch.compiler.is_compiling() and (not fixed or activity.is_probing())
     counts = activity.note(module, mode, query) if counting else None
     measure = counts is not None and settings.measure_recall
     with torch.no_grad():

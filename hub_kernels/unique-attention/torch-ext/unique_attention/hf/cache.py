@@ -131,6 +131,10 @@ class UniqueDynamicLayer(DynamicLayer):
 
     # --- the captured step: lengths live on the device and belong to the runner ---
 
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values with their spare slots, `[B, HK, capacity, D]`, where the layer owns such buffers now."""
+        return self._buffers if self.fixed_lens is not None or self._owns_buffers() else None
+
     def enter_fixed(self, seq_lens: torch.Tensor, capacity: int) -> None:
         """Freeze shapes and addresses for a captured decode step.
 

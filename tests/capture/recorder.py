@@ -1,0 +1,118 @@
+"""A stand-in for CUDA graphs on any device: replays by running again, and fails where a real graph would go wrong."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from unique_attention import ops
+from unique_hf import graphs
+
+HOST_READS = ("aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default")
+# their CPU reference reads lengths; the kernels that a graph records do not
+EXEMPT = ("append_tokens", "unique_decode", "page_stats")
+_LOCAL = threading.local()
+
+
+class Trace(TorchDispatchMode):
+    """Writes down every op with its shapes, its Python numbers, and the addresses of tensors from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self.inside, self.paused = [], {}, False
+
+    def place(self, tensor):
+        owner = tensor.untyped_storage()._cdata
+        where = "inside" if owner in self.inside else tensor.data_ptr()
+        return (where, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def note(self, name, args):
+        self.lines.append((name, repr(tree_map_only(torch.Tensor, self.place, args))))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.paused:
+            assert str(func) not in HOST_READS, f"{func} waits for the device, which a graph cannot record"
+            self.note(str(func), (args, kwargs))
+        out = func(*args, **(kwargs or {}))
+
+        def keep(tensor):
+            known = [a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)]
+            if tensor.untyped_storage()._cdata not in known:
+                # held until the trace ends: an address must not be used twice within it
+                self.inside[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        tree_map_only(torch.Tensor, keep, out)
+        return out
+
+
+class Replayed:
+    """What `CudaGraph` does, without CUDA. `log` tells what happened, in order."""
+
+    log = []
+
+    def __init__(self, device):
+        self.device = device
+
+    def warm(self, step):
+        self.log.append("warm")
+        return step()
+
+    def capture(self, step):
+        self.log.append("capture")
+        first = []
+
+        def replay():
+            self.log.append("replay")
+            trace = Trace()
+            _LOCAL.trace = trace
+            try:
+                with trace:
+                    kind, fields = step()
+            finally:
+                _LOCAL.trace = None
+            if not first:
+                first.extend((trace.lines, fields))
+                return kind, fields
+            lines, static = first
+            for old, new in zip(lines, trace.lines):
+                assert old == new, "a replay must do what was recorded, at the same addresses"
+            assert len(lines) == len(trace.lines)
+            # a real graph writes its results to the same place every time
+            for name, value in fields.items():
+                if isinstance(value, torch.Tensor):
+                    static[name].copy_(value)
+            return kind, static
+
+        return replay
+
+
+def exempt(name):
+    original = getattr(ops, name)
+
+    def call(*args, **kwargs):
+        trace = getattr(_LOCAL, "trace", None)
+        if trace is None or trace.paused:
+            return original(*args, **kwargs)
+        trace.note(name, [args, {k: v for k, v in kwargs.items() if k != "config"}])
+        trace.paused = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            trace.paused = False
+
+    return call
+
+
+@contextlib.contextmanager
+def recording_on_cpu():
+    """Lets `generate` capture on the CPU; yields the log of what the recorder did."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(graphs.RECORDERS, "cpu", Replayed)
+        patch.setattr(Replayed, "log", [])
+        for name in EXEMPT:
+            patch.setattr(ops, name, exempt(name))
+        yield Replayed.log

@@ -1,0 +1,295 @@
+"""How plain `model.generate(...)` comes to decode through a captured step, and when it does not.
+
+Nothing in Transformers hands a cache or an attention function the model that runs, and `generate` looks its decoding
+loop up on the class. So importing `unique_hf` wraps one method, `GenerationMixin._sample` (greedy search, sampling):
+for a model whose text configuration does not name unique attention the wrapper calls the original at once, with the
+same arguments. For one that does, the loop runs on a stand-in for the model that passes everything on to it except
+the call of the decode step; no model, class table or configuration is changed. `uninstall()` takes the wrapper away.
+
+The Hub kernel without this package decodes eagerly.
+
+Between calls a model keeps its graph (activations of one token), its static inputs, and neither keys nor values: those
+belong to the cache. May import torch, Transformers and the kernel's adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .backend import adapter
+from .decode_step import DecodeStep, NotCapturable
+from .fingerprint import fingerprint, weight_bytes, why_not_model
+from .graphs import RECORDERS
+from .tally import StepCounts, tally_of
+
+# spare room of a captured cache: one part in SPARE of weights and cache together, at least MIN_SPARE tokens a row
+SPARE = 32
+MIN_SPARE = 256
+# slots come in multiples of this many pages, so that strides keep the alignment that kernels are compiled for
+ALIGN_PAGES = 16
+# steps kept per model for its next calls: one for each of as many concurrent ones
+KEPT = 2
+# what a forward that does not suit a captured step raises; anything else is a bug and shows
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+_STEPS: weakref.WeakKeyDictionary[torch.nn.Module, list[DecodeStep]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def release(model: torch.nn.Module) -> None:
+    """Free the graphs that a model, or one inside it, keeps for its next call.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+    """
+    for module in model.modules():
+        with _LOCK:
+            _STEPS.pop(module, None)
+
+
+def _take(model: PreTrainedModel, batch: int) -> DecodeStep:
+    with _LOCK:
+        kept = _STEPS.get(model, [])
+        for step in kept:
+            if step.batch == batch and step.seq_lens.device == model.device:
+                kept.remove(step)
+                return step
+    return DecodeStep(model.device, batch)
+
+
+def _keep(model: PreTrainedModel, step: DecodeStep) -> None:
+    with _LOCK:
+        kept = _STEPS.setdefault(model, [])
+        kept.insert(0, step)
+        del kept[KEPT:]
+
+
+@functools.cache
+def _log_once(name: str, reason: str) -> None:
+    logging.get_logger("transformers.unique_attention").warning(
+        f"unique attention: {name} decodes eagerly, without a captured step: {reason}. "
+        "`unique_hf.report(model)` counts it."
+    )
+
+
+def choose_capacity(length: int, have: int, limit: int, slot_bytes: int, weights: int, align: int) -> int:
+    """Slots for a captured step.
+
+    Equation: `length + max(256, (weights + length * slot_bytes) / 32 / slot_bytes)`: 3 % of the memory in use anyway.
+
+    Args:
+        length (`int`): Tokens in the cache, the coming one included.
+        have (`int`): Slots that there are.
+        limit (`int`): Slots that the call can need at most.
+        slot_bytes (`int`): Bytes of one slot, all rows and layers together.
+        weights (`int`): Bytes of the model's weights.
+        align (`int`): New capacities are multiples of this.
+    Returns:
+        `int`: `have` where that will do.
+    """
+    wanted = length + max(MIN_SPARE, (weights + length * slot_bytes) // SPARE // max(slot_bytes, 1))
+    if have >= max(length, min(wanted, limit)):
+        return have
+    return -(-wanted // align) * align
+
+
+class Call:
+    """One `generate` call: what its loop calls in place of the model, once per token.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        settings (`UniqueConfig`): Its settings.
+        cache (`DynamicCache`): The cache of the call.
+        limit (`int`): Tokens that the call can reach.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: Any, cache: DynamicCache, limit: int):
+        self.model, self.settings, self.cache, self.limit = model, settings, cache, limit
+        self.failed = False
+        self.length = self.capacity = 0
+        self._step: DecodeStep | None = None
+        self._counts: StepCounts | None = None
+        self._starts: torch.Tensor | None = None
+
+    def decode(self, **inputs: Any) -> Any:
+        """One decode step: captured where that works, otherwise eager from here on."""
+        if not self.failed:
+            try:
+                return self._captured(inputs)
+            except FAILURES as error:
+                self._give_up(error)
+        return self.model(**inputs)
+
+    def _captured(self, inputs: dict[str, Any]) -> Any:
+        if self._step is None:
+            self._begin(inputs)
+        elif self.length >= self.capacity:
+            self._step.release(self.length)
+            self._bind()
+        outputs = self._step.run(inputs)
+        self.length += 1
+        self._counts.add(self.length)
+        return outputs
+
+    def _begin(self, inputs: dict[str, Any]) -> None:
+        ids = inputs.get("input_ids")
+        if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
+            raise NotCapturable("the model does not take one token id per row and step")
+        asleep = sum(layer.index.stats is None for layer in self.cache.layers)
+        if asleep:
+            raise NotCapturable(f"{asleep} cache layers hold keys that unique attention did not read")
+        self.length = self.cache.get_seq_length()
+        self._starts = self._first_slots(inputs.get("attention_mask"))
+        self._step = _take(self.model, ids.shape[0])
+        self._bind(fingerprint(self.model))
+        self._counts = StepCounts(self.cache, self.settings, None if self._starts is None else self._starts.tolist())
+
+    def _first_slots(self, mask: Any) -> torch.Tensor | None:
+        if mask is None:
+            return None
+        if not torch.is_tensor(mask) or mask.dim() != 2 or mask.shape[1] != self.length + 1:
+            raise NotCapturable("the attention mask is not a `[B, S]` tensor over the cached tokens")
+        valid = mask != 0
+        starts = valid.to(torch.int32).argmax(-1)
+        slots = torch.arange(mask.shape[1], device=mask.device)
+        # waits for the device, once per call
+        if not bool((valid == (slots >= starts[:, None])).all()):
+            raise NotCapturable("the attention mask has holes beside left padding")
+        return starts
+
+    def _bind(self, state: int | None = None) -> None:
+        step, layers = self._step, self.cache.layers
+        state = step.state if state is None else state
+        buffers = [layer.buffers() for layer in layers]
+        have = min(0 if pair is None else pair[0].shape[2] for pair in buffers)
+        cached = (tensor[:, :, :1] for layer in layers for tensor in (layer.keys, layer.values))
+        slot_bytes = sum(tensor.numel() * tensor.element_size() for tensor in cached)
+        align = ALIGN_PAGES * self.settings.page_size
+        sizes = {"slot_bytes": slot_bytes, "weights": weight_bytes(self.model), "align": align}
+        wanted = choose_capacity(self.length + 1, have, self.limit, **sizes)
+        self.capacity = step.bind(self.model, self.cache, self.length, wanted, self._starts, state)
+
+    def _give_up(self, error: Exception) -> None:
+        reason = str(error) if isinstance(error, NotCapturable) else f"{type(error).__name__}: {str(error)[:200]}"
+        self.failed = True
+        if self._step is not None:
+            # whatever stopped it may stop the next call too, and would leave half a recording behind
+            self._step.drop_graph()
+        self.finish()
+        tally_of(self.model).eager[reason] += 1
+        _log_once(type(self.model).__name__, reason)
+
+    def finish(self) -> None:
+        """Give the cache back to the growing form, keep the graph for the next call, and add up what ran."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        step.release(self.length)
+        tally = tally_of(self.model)
+        if self._counts is not None and self._counts.steps:
+            tally.calls += 1
+            tally.steps += self._counts.steps
+            self._counts.flush(module for module in (ref() for ref in step.modules) if module is not None)
+        tally.captures += step.captures
+        tally.seconds += step.seconds
+        step.captures, step.seconds = 0, 0.0
+        _keep(self.model, step)
+
+
+class _StandIn:
+    """A model whose call is the decode step of one `generate` call; everything else is the model's."""
+
+    def __init__(self, call: Call):
+        self._unique_call = call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unique_call.model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._unique_call.decode(**inputs)
+
+
+def _uses_unique(model: Any) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    return hasattr(ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation), "is_unique_attention")
+
+
+def why_eager(model: PreTrainedModel, settings: Any, kwargs: dict[str, Any]) -> tuple[str | None, bool]:
+    """What rules out a captured step before the first token.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        settings (`UniqueConfig`): Its settings.
+        kwargs (`dict`): Keywords of `GenerationMixin._sample`.
+    Returns:
+        `tuple`: The reason or `None`, and whether it is worth a line in the log.
+    """
+    if not settings.capture:
+        return "switched off (capture=False)", False
+    if model.device.type not in RECORDERS:
+        return f"runs on {model.device.type}; a step can be captured on {', '.join(RECORDERS)}", False
+    generation, cache = kwargs["generation_config"], kwargs.get("past_key_values")
+    if generation.is_assistant:
+        return "drafts for assisted decoding, a few tokens at a time", False
+    if type(cache).__name__ == "StaticCache":
+        return "static cache, which Transformers compiles by itself", False
+    if settings.measure_recall:
+        return "measure_recall reads all keys at every step", False
+    if generation.output_attentions or generation.output_hidden_states:
+        return "attentions or hidden states were asked for", True
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(model.device.type):
+        return "grad or autocast is on", True
+    if kwargs.get("synced_gpus"):
+        return "several processes generate in step", True
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        return f"the cache is {'offloaded' if isinstance(cache, DynamicCache) else type(cache).__name__}", True
+    others = {type(layer).__name__ for layer in cache.layers if not hasattr(layer, "enter_fixed")}
+    if others or not cache.layers:
+        return f"cache layers that are not ours: {', '.join(sorted(others)) or 'unknown before the prompt'}", True
+    return why_not_model(model), True
+
+
+def _begin(model: PreTrainedModel, kwargs: dict[str, Any]) -> Call | None:
+    settings = adapter().settings_of(model.config)
+    reason, worth_a_line = why_eager(model, settings, kwargs)
+    if reason is None:
+        return Call(model, settings, kwargs["past_key_values"], kwargs["generation_config"].max_length)
+    tally_of(model).eager[reason] += 1
+    if worth_a_line:
+        _log_once(type(model).__name__, reason)
+    return None
+
+
+def install() -> None:
+    """Wrap `GenerationMixin._sample`; a second call changes nothing."""
+    original = GenerationMixin._sample
+    if hasattr(original, "_unique_original"):
+        return
+
+    @functools.wraps(original)
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = _begin(self, kwargs) if _uses_unique(self) else None
+        if call is None:
+            return original(self, *args, **kwargs)
+        try:
+            return original(_StandIn(call), *args, **kwargs)
+        finally:
+            call.finish()
+
+    _sample._unique_original = original
+    GenerationMixin._sample = _sample
+
+
+def uninstall() -> None:
+    """Put `GenerationMixin._sample` back; `generate` then decodes eagerly."""
+    original = getattr(GenerationMixin._sample, "_unique_original", None)
+    if original is not None:
+        GenerationMixin._sample = original

@@ -1,0 +1,187 @@
+"""The captured decode step: static inputs, lengths on the device, one graph. May import torch and Transformers."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .backend import adapter
+from .graphs import RECORDERS
+
+# handled by the step itself: the cache is bound, padding has become `seq_starts`
+OWN = ("past_key_values", "attention_mask")
+
+
+class NotCapturable(RuntimeError):
+    """Why a call decodes eagerly; the message is for people."""
+
+
+def _tensors(layer: Any) -> tuple[torch.Tensor | None, ...]:
+    return (*layer.buffers(), *layer.index.stats)
+
+
+def _place(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+class DecodeStep:
+    """One decode step of a batch, recorded once and replayed, on the buffers of the cache that is bound to it.
+
+    A graph reads addresses, not objects: it stays good for another cache as long as all buffers lie where they lay.
+
+    Args:
+        device (`torch.device`): Where the model runs.
+        batch (`int`): Rows.
+    """
+
+    def __init__(self, device: torch.device, batch: int):
+        self.recorder = RECORDERS[device.type](device)
+        # plain tensors can be written in inference mode and outside, tensors born inside only there
+        with torch.inference_mode(False):
+            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.seq_starts = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.constants: dict[str, Any] = {}
+        self.layout: tuple[Any, ...] | None = None
+        self.bound: tuple[Any, ...] | None = None
+        self.state = 0
+        self.warmed_for: tuple[Any, ...] | None = None
+        self.captured_for: tuple[Any, ...] | None = None
+        self.replay: Callable[[], Any] | None = None
+        # attention modules that ran, in order; weakly, since the step outlives no model
+        self.modules: list[weakref.ref[torch.nn.Module]] = []
+        self.captures, self.seconds = 0, 0.0
+        self._model: PreTrainedModel | None = None
+        self._cache: Any = None
+        self._starts: list[torch.Tensor | None] = []
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.seq_lens.shape[0]
+
+    def bind(
+        self, model: PreTrainedModel, cache: Any, length: int, capacity: int, starts: torch.Tensor | None, state: int
+    ) -> int:
+        """Put a cache into fixed mode under this step.
+
+        Args:
+            model (`PreTrainedModel`): The model that decodes.
+            cache (`Cache`): Its cache, all layers awake.
+            length (`int`): Tokens in the cache.
+            capacity (`int`): Slots to provide.
+            starts (`torch.Tensor`, *optional*): `[B]`, first valid slot of each row.
+            state (`int`): Fingerprint of the model.
+        Returns:
+            `int`: Slots there are.
+        Raises:
+            ValueError: A layer cannot be fixed.
+        """
+        self._model, self._cache = model, cache
+        self._starts = [layer.index.seq_starts for layer in cache.layers]
+        self.seq_lens.fill_(length)
+        if starts is None:
+            self.seq_starts.zero_()
+        else:
+            self.seq_starts.copy_(starts)
+        for layer in cache.layers:
+            layer.enter_fixed(self.seq_lens, capacity)
+            layer.index.seq_starts = self.seq_starts
+        self.state = state
+        self.bound = (state, tuple(_place(tensor) for layer in cache.layers for tensor in _tensors(layer)))
+        return min(layer.buffers()[0].shape[2] for layer in cache.layers)
+
+    def release(self, length: int) -> None:
+        """Return the cache to the growing form, `length` tokens long; the graph is kept.
+
+        Args:
+            length (`int`): Tokens in the cache now.
+        """
+        if self._cache is None:
+            return
+        for layer, starts in zip(self._cache.layers, self._starts):
+            # restored even where a layer failed to enter: then `fixed_lens` was never set
+            layer.index.seq_starts = starts
+            if layer.fixed_lens is not None:
+                layer.leave_fixed(length)
+        self._model = self._cache = self.bound = None
+        self._starts = []
+
+    def drop_graph(self) -> None:
+        """Forget the recording, whose memory returns to torch."""
+        self.replay = self.captured_for = self.warmed_for = None
+
+    def run(self, inputs: dict[str, Any]) -> ModelOutput:
+        """One decode step of the bound cache: eager at first, recorded at the second, replayed from then on.
+
+        Args:
+            inputs (`dict`): Keywords of the model's forward, `[B, 1]` token ids among them.
+        Returns:
+            `ModelOutput`: As from the model; its tensors are overwritten by the next step.
+        Raises:
+            NotCapturable: The step cannot be replayed.
+        """
+        self._load(inputs)
+        key = (self.bound, self.layout)
+        if self.replay is None or self.captured_for != key:
+            if self.warmed_for != key:
+                self.drop_graph()
+                with adapter().activity.probing() as log:
+                    outputs = self.recorder.warm(self._forward)
+                self._check(log)
+                self.warmed_for = key
+                return self._dress(outputs)
+            begin = time.perf_counter()
+            with adapter().activity.probing():
+                self.replay = self.recorder.capture(self._forward)
+            self.captured_for = key
+            self.captures, self.seconds = self.captures + 1, self.seconds + time.perf_counter() - begin
+        return self._dress(self.replay())
+
+    def _load(self, inputs: dict[str, Any]) -> None:
+        tensors, constants = {}, {}
+        for name, value in inputs.items():
+            if name in OWN:
+                continue
+            if torch.is_tensor(value):
+                tensors[name] = value
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                constants[name] = value
+            else:
+                raise NotCapturable(f"the model takes `{name}` of type {type(value).__name__} at every step")
+        layout = tuple((name, value.shape, value.dtype) for name, value in sorted(tensors.items()))
+        layout += tuple(sorted(constants.items()))
+        if layout != self.layout:
+            with torch.inference_mode(False):
+                self.inputs = {name: torch.empty_like(value) for name, value in tensors.items()}
+            self.constants, self.layout = constants, layout
+            self.drop_graph()
+        for name, value in tensors.items():
+            self.inputs[name].copy_(value)
+
+    def _forward(self) -> tuple[type, dict[str, Any]]:
+        self.seq_lens.add_(1)
+        outputs = self._model(**self.inputs, **self.constants, past_key_values=self._cache)
+        if not isinstance(outputs, ModelOutput) or outputs.get("past_key_values") is not self._cache:
+            raise NotCapturable("the model does not return the cache that it was given")
+        # without the cache: a kept graph must not keep a cache alive
+        return type(outputs), {name: value for name, value in outputs.items() if name != "past_key_values"}
+
+    def _dress(self, outputs: tuple[type, dict[str, Any]]) -> ModelOutput:
+        kind, fields = outputs
+        return kind(**fields, past_key_values=self._cache)
+
+    def _check(self, log: dict[torch.nn.Module, list[Any]]) -> None:
+        for module, calls in log.items():
+            for tokens, mode in calls:
+                if tokens != 1 or mode.kind != "sparse":
+                    raise NotCapturable(f"{type(module).__name__} runs dense: {mode.reason}")
+        if not log:
+            raise NotCapturable("no attention module ran through attn_implementation='unique'")
+        self.modules = [weakref.ref(module) for module in log]

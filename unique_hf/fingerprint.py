@@ -1,0 +1,74 @@
+"""What a captured step of a model depends on besides its inputs, and which models cannot have one. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def fingerprint(model: torch.nn.Module) -> int:
+    """A hash of what steers a model's forward: where its weights lie, its modules and their plain attributes.
+
+    Adapters that are switched, merged or disabled, layers that are replaced, weights that move, and changed settings
+    all change it; training the weights in place does not, since a graph reads them where they lie.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+    Returns:
+        `int`: Equal while a recording of the forward stays valid.
+    """
+    parts: list[Any] = [torch.get_float32_matmul_precision()]
+    for name, module in model.named_modules():
+        parts.append((name, id(module), id(type(module).forward)))
+        for key, value in vars(module).items():
+            if isinstance(value, _PLAIN):
+                parts.append((key, value))
+            elif key in ("forward", "config"):
+                parts.append((key, id(value)))
+            elif isinstance(value, (list, tuple, set)) or (isinstance(value, dict) and not key.startswith("_")):
+                parts.append((key, repr(value)))
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        parts.append(config.to_json_string(use_diff=False))
+        parts.append([part._attn_implementation for part in _configs(config)])
+    parts += [(tensor.data_ptr(), tensor.dtype) for tensor in chain(model.parameters(), model.buffers())]
+    return hash(repr(parts))
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is not None:
+            yield part
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in chain(model.parameters(), model.buffers()))
+
+
+def why_not_model(model: torch.nn.Module) -> str | None:
+    """What about a model rules out a captured step.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+    Returns:
+        `str` or `None`: The reason.
+    """
+    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+    if len(devices) > 1:
+        return f"weights on several devices ({', '.join(sorted(map(str, devices)))})"
+    if getattr(model, "_device_mesh", None) is not None or getattr(model, "tp_size", None) is not None:
+        return "tensor parallelism"
+    for name, module in model.named_modules():
+        hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+        # those that Transformers installs for `output_hidden_states` sleep without it
+        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+            return f"forward hooks on {name or type(module).__name__}, which a recording would not call"
+    return None
