@@ -77,30 +77,43 @@ def _soft_mask_fwd_threshold_kernel(
     # bracket: all candidates are >= low, none is >= high
     smallest = tl.full([BLOCK_T, BLOCK_N], float("inf"), tl.float32)
     largest = tl.full([BLOCK_T, BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    square = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for n in range(first, last, BLOCK_N):
         score, free = candidate_scores(
             fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, N, NUM_FEATURES, HAS_SCALAR, PRECISION
         )
         smallest = tl.minimum(smallest, tl.where(free, score, float("inf")))
         largest = tl.maximum(largest, tl.where(free, score, float("-inf")))
+        total += tl.where(free, score, 0.0)
+        square += tl.where(free, score * score, 0.0)
     low = tl.where(choose, tl.min(smallest, axis=1), 0.0)
     top = tl.where(choose, tl.max(largest, axis=1), 0.0)
     high = top + tl.maximum(tl.abs(top), 1e-30) * 1e-6
     count_low = (high_page - low_page).to(tl.float32)
     count_high = tl.zeros([BLOCK_T], tl.float32)
+    # a first guess as if the scores were Gaussian, in fractions of the bracket
+    mean = tl.sum(total, axis=1) / tl.maximum(count_low, 1.0)
+    spread = tl.sqrt(tl.maximum(tl.sum(square, axis=1) / tl.maximum(count_low, 1.0) - mean * mean, 0.0))
+    width = tl.maximum(high - low, 1e-30)
+    aim = (mean + spread * _gaussian_quantile((num_free + 0.5) / tl.maximum(count_low, 1.0)) - low) / width
+    step = 0.05 * spread / width
     tries = 0
     going = tl.max(choose.to(tl.int32))
     while going > 0:
-        # every other pass aims at where evenly spread scores would be cut; the rest cut the bracket into equal parts
-        aim = (count_low - num_free - 0.5) / tl.maximum(count_low - count_high, 1.0)
         low, high, count_low, count_high = _shrink(
-            low, high, count_low, count_high, aim, tries % 2 == 1, num_free,
+            low, high, count_low, count_high, aim, step, tries % 3 == 2, num_free,
             fq, fp_ptr, fs_ptr, nq, low_page, high_page, first, last, N,
             NUM_FEATURES, HAS_SCALAR, PRECISION, BLOCK_T, BLOCK_N,
         )  # fmt: skip
+        # then where evenly spread scores would be cut, as closely around it as their count lets one trust it
+        inside = tl.maximum(count_low - count_high, 1.0)
+        aim = (count_low - num_free - 0.5) / inside
+        step = tl.minimum(0.45 * tl.sqrt(tl.maximum(aim * (1.0 - aim), 1.0 / inside) / inside), 0.04)
         tries += 1
-        # fp32 brackets are used up after about 30 halvings; equal scores around the cut end there
-        going = tl.max((choose & (count_high != num_free)).to(tl.int32)) * (tries < 24).to(tl.int32)
+        # equal scores around the cut end when fp32 has no more numbers between the ends
+        wide = high - low > 2e-7 * tl.maximum(tl.abs(high), tl.abs(low))
+        going = tl.max((choose & wide & (count_high != num_free)).to(tl.int32)) * (tries < 40).to(tl.int32)
 
     smallest = tl.full([BLOCK_T, BLOCK_N], float("inf"), tl.float32)
     largest = tl.full([BLOCK_T, BLOCK_N], float("-inf"), tl.float32)
@@ -132,15 +145,22 @@ def _soft_mask_fwd_threshold_kernel(
 
 @triton.jit
 def _shrink(
-    low, high, count_low, count_high, aim, clustered, num_free, fq,
+    low, high, count_low, count_high, aim, step, even, num_free, fq,
     fp_ptr, fs_ptr,
     nq, low_page, high_page, first, last, N,
     NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One pass over the scores: brackets and their counts cut at 7 values each."""
+    # seven ascending values inside the bracket: around the aim, or evenly spaced to be sure that it shrinks
     width = high - low
-    c1, c2, c3, c4, c5, c6, c7 = _cuts(low, width, aim, clustered)
+    c1 = low + width * tl.where(even, 0.125, _inside(aim - 8.0 * step, aim))
+    c2 = low + width * tl.where(even, 0.25, _inside(aim - 3.0 * step, aim))
+    c3 = low + width * tl.where(even, 0.375, _inside(aim - step, aim))
+    c4 = low + width * tl.where(even, 0.5, _inside(aim, aim))
+    c5 = low + width * tl.where(even, 0.625, _inside(aim + step, aim))
+    c6 = low + width * tl.where(even, 0.75, _inside(aim + 3.0 * step, aim))
+    c7 = low + width * tl.where(even, 0.875, _inside(aim + 8.0 * step, aim))
     # two 16-bit counts per word; one position sees at most N / BLOCK_N pages
     n12 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
     n34 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
@@ -176,17 +196,19 @@ def _shrink(
 
 
 @triton.jit
-def _cuts(low, width, aim, clustered):
-    """Seven ascending values inside the bracket: around `aim` (a fraction of it), or evenly spaced."""
-    spread = tl.minimum(aim, 1.0 - aim)
-    c1 = low + width * tl.where(clustered, aim - 0.75 * spread, 0.125)
-    c2 = low + width * tl.where(clustered, aim - 0.3 * spread, 0.25)
-    c3 = low + width * tl.where(clustered, aim - 0.08 * spread, 0.375)
-    c4 = low + width * tl.where(clustered, aim, 0.5)
-    c5 = low + width * tl.where(clustered, aim + 0.08 * spread, 0.625)
-    c6 = low + width * tl.where(clustered, aim + 0.3 * spread, 0.75)
-    c7 = low + width * tl.where(clustered, aim + 0.75 * spread, 0.875)
-    return c1, c2, c3, c4, c5, c6, c7
+def _inside(fraction, aim):
+    """A fraction of the bracket that cuts off something at both ends."""
+    aim = tl.minimum(tl.maximum(aim, 0.001), 0.999)
+    return tl.minimum(tl.maximum(fraction, 0.1 * aim), 1.0 - 0.1 * (1.0 - aim))
+
+
+@triton.jit
+def _gaussian_quantile(share):
+    """How many standard deviations above the mean the largest `share` of a Gaussian begins; good to 0.003."""
+    tail = tl.minimum(tl.maximum(tl.minimum(share, 1.0 - share), 1e-6), 0.5)
+    t = tl.sqrt(-1.3862944 * tl.log2(tail))
+    z = t - (2.30753 + 0.27061 * t) / (1.0 + t * (0.99229 + 0.04481 * t))
+    return tl.where(share < 0.5, z, -z)
 
 
 @triton.jit
