@@ -21,7 +21,7 @@ import torch
 from . import configure, report
 from .facts import make_haystack
 from .picture import draw, sharpest_view
-from .probe import recorded
+from .recording import recorded
 from .report import Report
 from .retrieval import ANSWER_TOKENS, ask, prefill
 from .table import render

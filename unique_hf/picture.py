@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .probe import Recording, by_page, kept_pages, page_scores, token_mass
+from .recording import Recording, by_page, kept_pages, page_scores, token_mass
 
 COLUMNS = 256  # of the picture; each shows the largest value of its pages
 

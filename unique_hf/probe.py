@@ -1,130 +1,156 @@
-"""Looking at true attention: the queries of exact decode steps, and the mass they put on every page. Imports torch."""
+"""What sparsity a model has learnt, measured on a batch: recall, sharpness, open pages, and what the hard cut costs.
+
+May import torch, Transformers and the kernel's public names and adapter.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.nn.functional import cross_entropy
 
-from .backend import kernel_module
+from .backend import adapter, kernel_module
+from .configure import configure
 
-NAME = "unique_recorded_sdpa"
-
-
-class Recording:
-    """Queries of every decode step, by layer.
-
-    Args:
-        queries (`dict`): Layer index to a list of `[B, H, 1, D]`, one per step.
-        scaling (`dict`): Layer index to its softmax scale.
-    """
-
-    def __init__(self):
-        self.queries: dict[int, list[torch.Tensor]] = {}
-        self.scaling: dict[int, float] = {}
-
-    def at(self, layer: int, steps: Sequence[int]) -> torch.Tensor:
-        """The queries of one layer at one step per row: `[len(steps), H, 1, D]`; row `i` took step `steps[i]`."""
-        taken = self.queries[layer]
-        return torch.stack([taken[step][row] for row, step in enumerate(steps)])
+# far below any difference of scores: every gate of Eq. 6 is open or shut
+HARD_TEMPERATURE = 1e-6
 
 
 @contextlib.contextmanager
-def recorded(model: PreTrainedModel) -> Iterator[Recording]:
-    """Run a model with sdpa and keep the queries of its decode steps.
+def temporarily(model: Any, **settings: Any) -> Iterator[None]:
+    """Settings of UNIQUE attention for the time of a block; those before come back, also after an error.
 
     Args:
-        model (`PreTrainedModel`): Switched to a recording sdpa and, at the end, back to what it ran before.
-    Returns:
-        `Recording`: Filled while the block runs.
+        model (`PreTrainedModel`): The model.
+        **settings: As for [`configure`].
     """
-    recording = Recording()
-
-    def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if query.shape[2] == 1:
-            recording.queries.setdefault(module.layer_idx, []).append(query.detach())
-            scaling = kwargs.get("scaling")
-            recording.scaling[module.layer_idx] = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return sdpa_attention_forward(module, query, key, *args, **kwargs)
-
-    before = model.config.get_text_config()._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[NAME] = attention
-    ALL_MASK_ATTENTION_FUNCTIONS[NAME] = sdpa_mask
+    before = configure(model)
+    configure(model, **settings)
     try:
-        model.set_attn_implementation(NAME)
-        yield recording
+        yield
     finally:
-        model.set_attn_implementation(before)
-        del ALL_ATTENTION_FUNCTIONS[NAME], ALL_MASK_ATTENTION_FUNCTIONS[NAME]
+        configure(model, **{name: value for name, value in before.to_dict().items() if name != "format_version"})
 
 
-def token_mass(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
-    """True attention of queries over one row of keys, averaged over the query heads of each kv head.
+@torch.no_grad()
+def measure(
+    model: Any, batch: dict[str, torch.Tensor], *, positions: int = 8, dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """Measure the learnt sparsity on one batch of unpacked rows, under the model's budget and temperature.
 
-    Equation: mean_g softmax_t(s q_g . k_t).
-
-    Args:
-        query (`torch.Tensor`): `[B, H, 1, D]`.
-        keys (`torch.Tensor`): `[1, HK, S, D]`.
-        scaling (`float`): s.
-    Returns:
-        `torch.Tensor`: `[B, HK, S]` fp32.
-    """
-    grouped = query[:, :, 0].float().unflatten(1, (keys.shape[1], -1))  # [B, HK, G, D]
-    logits = torch.einsum("bhgd,hsd->bhgs", grouped, keys[0].float()) * scaling
-    return logits.softmax(-1).mean(2)
-
-
-def by_page(mass: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Sums over pages: `[..., S]` to `[..., ceil(S / P)]`."""
-    spare = -mass.shape[-1] % page_size
-    return torch.nn.functional.pad(mass, (0, spare)).unflatten(-1, (-1, page_size)).sum(-1)
-
-
-def page_scores(query: torch.Tensor, keys: torch.Tensor, settings: Any, scaling: float) -> torch.Tensor:
-    """The page scores that unique attention would rank for these queries (Eq. 1 to 3).
+    Equation: recall = share of dense attention mass on the pages that hard top-k keeps; open_pages = sum_p g_p / N and
+    sharpness = 1 - mean_p 4 g_p (1 - g_p) with g of Eq. 6 (the mean over pages that are not forced; 1: a hard cut).
 
     Args:
-        query (`torch.Tensor`): `[B, H, 1, D]`.
-        keys (`torch.Tensor`): `[1, HK, S, D]`.
-        settings (`UniqueConfig`): Settings.
-        scaling (`float`): s.
+        model (`PreTrainedModel`): With attn_implementation="unique".
+        batch (`dict`): `input_ids [B, T]`; `attention_mask` and `labels` (-100: no loss) as usual.
+        positions (`int`, *optional*, defaults to 8): Queries per row and layer at which pages are looked at, evenly
+            spaced over those that see more pages than are kept.
+        dtype (`torch.dtype`, *optional*): Run under autocast to this dtype.
     Returns:
-        `torch.Tensor`: `[B, HK, N]` fp32.
+        `dict`: `loss_dense`, `loss_hard`, `loss_gap` (hard minus dense), and where rows are long enough to choose
+        pages `recall`, `open_pages`, `kept_pages` (what `open_pages` tends to as the mask sharpens) and `sharpness`.
+
+    Numerics: three forward passes without grad; recall reads all keys in fp32.
     """
-    kernel = kernel_module()
-    shared = {"page_size": settings.page_size, "score": settings.score, "stats_dtype": settings.stats_dtype}
-    rows = query.shape[0]
-    stats = kernel.page_stats(keys, **shared)
-    stats = type(stats)(*(None if x is None else x.expand(rows, *x.shape[1:]).contiguous() for x in stats))
-    return kernel.page_scores(
-        query, stats, **shared, score_weight=settings.score_weight, group_reduce=settings.group_reduce,
-        softmax_scale=scaling, k=keys.expand(rows, -1, -1, -1) if settings.score == "oracle" else None,
-        seq_lens=torch.full((rows,), keys.shape[2], dtype=torch.int32, device=keys.device),
-    )  # fmt: skip
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    labels = batch.pop("labels", None)
+    if labels is None:
+        labels = batch["input_ids"]
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    meter = _Meter(positions)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+            with temporarily(model, soft_mask=False):
+                dense = _loss(model, batch, labels)
+            with temporarily(model, soft_mask=True, temperature=HARD_TEMPERATURE):
+                hard = _loss(model, batch, labels)
+            with temporarily(model, soft_mask=True), adapter().soft.observing(meter):
+                model(**batch, use_cache=False)
+    finally:
+        for module in training:
+            module.training = True
+    return {"loss_dense": dense, "loss_hard": hard, "loss_gap": hard - dense, **meter.result()}
 
 
-def kept_pages(scores: torch.Tensor, settings: Any, length: int) -> torch.Tensor:
-    """Which pages unique attention would keep (Eq. 4).
+def _loss(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> float:
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100).item()
 
-    Args:
-        scores (`torch.Tensor`): `[B, HK, N]`.
-        settings (`UniqueConfig`): Settings.
-        length (`int`): Tokens of the row.
-    Returns:
-        `torch.Tensor`: `[B, HK, N]` bool.
-    """
-    ids = kernel_module().select_pages(
-        scores, num_kept=settings.num_kept, sink_pages=settings.sink_pages, recent_pages=settings.recent_pages,
-        page_size=settings.page_size,
-        seq_lens=torch.full((scores.shape[0],), length, dtype=torch.int32, device=scores.device),
-    )  # fmt: skip
-    # -1 means no page and lands in a spare column
-    kept = torch.zeros((*scores.shape[:2], scores.shape[2] + 1), dtype=torch.bool, device=scores.device)
-    return kept.scatter_(2, torch.where(ids < 0, scores.shape[2], ids).long(), True)[..., :-1]
+
+class _Meter:
+    """Sums over the layers of a pass what their pages look like; called before each soft-mask call."""
+
+    def __init__(self, positions: int):
+        self.positions = positions
+        self.sums: dict[str, torch.Tensor] = {}
+        self.rows = 0
+
+    def result(self) -> dict[str, float]:
+        return {name: (value / self.rows).item() for name, value in self.sums.items()}
+
+    def __call__(self, settings, query, key, *, token_mask, bounds, scaling, softcap, sinks) -> None:
+        if bounds is not None:
+            raise ValueError("expected rows of one document each, got packed documents: give the probe unpacked rows")
+        page_size, kept = settings.page_size, settings.num_kept
+        for row in range(query.shape[0]):
+            valid = None if token_mask is None else token_mask[row].nonzero().flatten().tolist()
+            start, end = (0, query.shape[2]) if valid is None else (valid[0], valid[-1] + 1)
+            first = (kept + start // page_size) * page_size
+            if end <= first:
+                continue
+            where = torch.linspace(first, end - 1, self.positions, device=query.device).long().unique()
+            mask = torch.arange(key.shape[2], device=key.device) <= where[:, None]
+            if token_mask is not None:
+                mask &= token_mask[row]
+            queries = query[row, :, where].transpose(0, 1)[:, :, None]  # [n, H, 1, D]
+            keys = key[row : row + 1].expand(len(where), -1, -1, -1)
+            self._add(settings, queries, keys, mask, where, start, scaling, softcap, sinks)
+
+    def _add(self, settings, queries, keys, mask, where, start, scaling, softcap, sinks) -> None:
+        kernel, page_size = kernel_module(), settings.page_size
+        rows = {"seq_lens": (where + 1).int(), "seq_starts": torch.full_like(where, start).int()}
+        form = {"page_size": page_size, "score": settings.score, "stats_dtype": "fp32"}
+        stats = kernel.page_stats(keys, **form, **rows, token_mask=mask)
+        scores = kernel.page_scores(
+            queries, stats, **form, **rows, score_weight=settings.score_weight, group_reduce=settings.group_reduce,
+            softmax_scale=scaling, k=keys if settings.score == "oracle" else None,
+        )  # fmt: skip
+        forced = {"sink_pages": settings.sink_pages, "recent_pages": settings.recent_pages}
+        page_ids = kernel.select_pages(scores, num_kept=settings.num_kept, page_size=page_size, **forced, **rows)
+        mass = adapter().activity.kept_mass(
+            queries,
+            keys,
+            page_ids,
+            page_size=page_size,
+            scaling=scaling,
+            token_mask=mask,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        first, own = start // page_size, (where // page_size)[:, None]
+        present = (ids >= first) & (ids <= own)
+        free = present & (ids >= first + settings.sink_pages) & (ids <= own - settings.recent_pages)
+        num_free = settings.num_kept - settings.sink_pages - settings.recent_pages
+        ranked = scores.masked_fill(~free[:, None], -torch.inf)
+        theta = ranked.topk(num_free + 1).values[..., -2:].mean(-1, keepdim=True)
+        gate = torch.sigmoid((ranked - theta) / settings.temperature)  # 0 where not free
+        softness = (4 * gate * (1 - gate)).sum(-1) / free.sum(-1, keepdim=True)
+        total = present.sum(-1, keepdim=True)
+        forced_pages = total - free.sum(-1, keepdim=True)
+        found = {
+            "recall": mass,
+            "open_pages": ((gate.sum(-1) + forced_pages) / total).mean(-1),
+            "kept_pages": (settings.num_kept / total).squeeze(-1),
+            "sharpness": 1 - softness.mean(-1),
+        }
+        for name, value in found.items():
+            self.sums[name] = self.sums.get(name, 0) + value.float().sum()
+        self.rows += len(where)

@@ -1,0 +1,130 @@
+"""Looking at true attention: the queries of exact decode steps, and the mass they put on every page. Imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .backend import kernel_module
+
+NAME = "unique_recorded_sdpa"
+
+
+class Recording:
+    """Queries of every decode step, by layer.
+
+    Args:
+        queries (`dict`): Layer index to a list of `[B, H, 1, D]`, one per step.
+        scaling (`dict`): Layer index to its softmax scale.
+    """
+
+    def __init__(self):
+        self.queries: dict[int, list[torch.Tensor]] = {}
+        self.scaling: dict[int, float] = {}
+
+    def at(self, layer: int, steps: Sequence[int]) -> torch.Tensor:
+        """The queries of one layer at one step per row: `[len(steps), H, 1, D]`; row `i` took step `steps[i]`."""
+        taken = self.queries[layer]
+        return torch.stack([taken[step][row] for row, step in enumerate(steps)])
+
+
+@contextlib.contextmanager
+def recorded(model: PreTrainedModel) -> Iterator[Recording]:
+    """Run a model with sdpa and keep the queries of its decode steps.
+
+    Args:
+        model (`PreTrainedModel`): Switched to a recording sdpa and, at the end, back to what it ran before.
+    Returns:
+        `Recording`: Filled while the block runs.
+    """
+    recording = Recording()
+
+    def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if query.shape[2] == 1:
+            recording.queries.setdefault(module.layer_idx, []).append(query.detach())
+            scaling = kwargs.get("scaling")
+            recording.scaling[module.layer_idx] = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+    before = model.config.get_text_config()._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[NAME] = attention
+    ALL_MASK_ATTENTION_FUNCTIONS[NAME] = sdpa_mask
+    try:
+        model.set_attn_implementation(NAME)
+        yield recording
+    finally:
+        model.set_attn_implementation(before)
+        del ALL_ATTENTION_FUNCTIONS[NAME], ALL_MASK_ATTENTION_FUNCTIONS[NAME]
+
+
+def token_mass(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    """True attention of queries over one row of keys, averaged over the query heads of each kv head.
+
+    Equation: mean_g softmax_t(s q_g . k_t).
+
+    Args:
+        query (`torch.Tensor`): `[B, H, 1, D]`.
+        keys (`torch.Tensor`): `[1, HK, S, D]`.
+        scaling (`float`): s.
+    Returns:
+        `torch.Tensor`: `[B, HK, S]` fp32.
+    """
+    grouped = query[:, :, 0].float().unflatten(1, (keys.shape[1], -1))  # [B, HK, G, D]
+    logits = torch.einsum("bhgd,hsd->bhgs", grouped, keys[0].float()) * scaling
+    return logits.softmax(-1).mean(2)
+
+
+def by_page(mass: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Sums over pages: `[..., S]` to `[..., ceil(S / P)]`."""
+    spare = -mass.shape[-1] % page_size
+    return torch.nn.functional.pad(mass, (0, spare)).unflatten(-1, (-1, page_size)).sum(-1)
+
+
+def page_scores(query: torch.Tensor, keys: torch.Tensor, settings: Any, scaling: float) -> torch.Tensor:
+    """The page scores that unique attention would rank for these queries (Eq. 1 to 3).
+
+    Args:
+        query (`torch.Tensor`): `[B, H, 1, D]`.
+        keys (`torch.Tensor`): `[1, HK, S, D]`.
+        settings (`UniqueConfig`): Settings.
+        scaling (`float`): s.
+    Returns:
+        `torch.Tensor`: `[B, HK, N]` fp32.
+    """
+    kernel = kernel_module()
+    shared = {"page_size": settings.page_size, "score": settings.score, "stats_dtype": settings.stats_dtype}
+    rows = query.shape[0]
+    stats = kernel.page_stats(keys, **shared)
+    stats = type(stats)(*(None if x is None else x.expand(rows, *x.shape[1:]).contiguous() for x in stats))
+    return kernel.page_scores(
+        query, stats, **shared, score_weight=settings.score_weight, group_reduce=settings.group_reduce,
+        softmax_scale=scaling, k=keys.expand(rows, -1, -1, -1) if settings.score == "oracle" else None,
+        seq_lens=torch.full((rows,), keys.shape[2], dtype=torch.int32, device=keys.device),
+    )  # fmt: skip
+
+
+def kept_pages(scores: torch.Tensor, settings: Any, length: int) -> torch.Tensor:
+    """Which pages unique attention would keep (Eq. 4).
+
+    Args:
+        scores (`torch.Tensor`): `[B, HK, N]`.
+        settings (`UniqueConfig`): Settings.
+        length (`int`): Tokens of the row.
+    Returns:
+        `torch.Tensor`: `[B, HK, N]` bool.
+    """
+    ids = kernel_module().select_pages(
+        scores, num_kept=settings.num_kept, sink_pages=settings.sink_pages, recent_pages=settings.recent_pages,
+        page_size=settings.page_size,
+        seq_lens=torch.full((scores.shape[0],), length, dtype=torch.int32, device=scores.device),
+    )  # fmt: skip
+    # -1 means no page and lands in a spare column
+    kept = torch.zeros((*scores.shape[:2], scores.shape[2] + 1), dtype=torch.bool, device=scores.device)
+    return kept.scatter_(2, torch.where(ids < 0, scores.shape[2], ids).long(), True)[..., :-1]
