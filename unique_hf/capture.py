@@ -24,15 +24,18 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from .arena import FREE_SHARE, Arena, free_bytes, in_blocks, slot_bytes
 from .backend import adapter
 from .decode_step import DecodeStep, NotCapturable
 from .fingerprint import fingerprint, weight_bytes, why_not_model
 from .graphs import RECORDERS
 from .tally import StepCounts, tally_of
 
-# spare room of a captured cache: one part in SPARE of weights and cache together, at least MIN_SPARE tokens a row
+# spare room of a captured cache: at most one part in SPARE of weights and cache together, or MIN_SPARE tokens a row
 SPARE = 32
 MIN_SPARE = 256
+# how far to look ahead where a call may run on for long
+AHEAD = 1024
 # slots come in multiples of this many pages, so that strides keep the alignment that kernels are compiled for
 ALIGN_PAGES = 16
 # steps kept per model for its next calls: one for each of as many concurrent ones
@@ -80,25 +83,26 @@ def _log_once(name: str, reason: str) -> None:
     )
 
 
-def choose_capacity(length: int, have: int, limit: int, slot_bytes: int, weights: int, align: int) -> int:
+def choose_capacity(length: int, limit: int, slot_bytes: int, weights: int, page_size: int) -> int:
     """Slots for a captured step.
 
-    Equation: `length + max(256, (weights + length * slot_bytes) / 32 / slot_bytes)`: 3 % of the memory in use anyway.
+    Equation: `min(limit, length + max(1024, room))` with `room = (weights + length * slot_bytes) / 32 / slot_bytes`,
+    3 % of the memory in use anyway; rounded up to a multiple of the power of two below `max(room, 256)`, so that calls
+    of like lengths get the same.
 
     Args:
         length (`int`): Tokens in the cache, the coming one included.
-        have (`int`): Slots that there are.
-        limit (`int`): Slots that the call can need at most.
+        limit (`int`): Tokens that the call can reach.
         slot_bytes (`int`): Bytes of one slot, all rows and layers together.
         weights (`int`): Bytes of the model's weights.
-        align (`int`): New capacities are multiples of this.
+        page_size (`int`): Tokens per page.
     Returns:
-        `int`: `have` where that will do.
+        `int`: At least `length`.
     """
-    wanted = length + max(MIN_SPARE, (weights + length * slot_bytes) // SPARE // max(slot_bytes, 1))
-    if have >= max(length, min(wanted, limit)):
-        return have
-    return -(-wanted // align) * align
+    room = (weights + length * slot_bytes) // SPARE // max(slot_bytes, 1)
+    step = max(1 << (max(room, MIN_SPARE).bit_length() - 1), ALIGN_PAGES * page_size)
+    wanted = max(length, min(limit, length + max(AHEAD, room)))
+    return -(-wanted // step) * step
 
 
 class Call:
@@ -108,14 +112,17 @@ class Call:
         model (`PreTrainedModel`): The model.
         settings (`UniqueConfig`): Its settings.
         cache (`DynamicCache`): The cache of the call.
-        limit (`int`): Tokens that the call can reach.
+        batch (`int`): Rows.
+        new_tokens (`int`): Tokens that the call can add to the prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Any, cache: DynamicCache, limit: int):
-        self.model, self.settings, self.cache, self.limit = model, settings, cache, limit
+    def __init__(self, model: PreTrainedModel, settings: Any, cache: DynamicCache, batch: int, new_tokens: int):
+        self.model, self.settings, self.cache = model, settings, cache
+        self.batch, self.new_tokens = batch, new_tokens
         self.failed = False
         self.length = self.capacity = 0
         self._step: DecodeStep | None = None
+        self._running = False
         self._counts: StepCounts | None = None
         self._starts: torch.Tensor | None = None
 
@@ -129,11 +136,13 @@ class Call:
         return self.model(**inputs)
 
     def _captured(self, inputs: dict[str, Any]) -> Any:
-        if self._step is None:
+        if not self._running:
             self._begin(inputs)
+            self._running = True
         elif self.length >= self.capacity:
+            state = self._step.state
             self._step.release(self.length)
-            self._bind()
+            self._bind(state)
         outputs = self._step.run(inputs)
         self.length += 1
         self._counts.add(self.length)
@@ -141,14 +150,13 @@ class Call:
 
     def _begin(self, inputs: dict[str, Any]) -> None:
         ids = inputs.get("input_ids")
-        if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
+        if ids is None or ids.shape != (self.batch, 1):
             raise NotCapturable("the model does not take one token id per row and step")
         asleep = sum(layer.index.stats is None for layer in self.cache.layers)
         if asleep:
             raise NotCapturable(f"{asleep} cache layers hold keys that unique attention did not read")
         self.length = self.cache.get_seq_length()
         self._starts = self._first_slots(inputs.get("attention_mask"))
-        self._step = _take(self.model, ids.shape[0])
         self._bind(fingerprint(self.model))
         self._counts = StepCounts(self.cache, self.settings, None if self._starts is None else self._starts.tolist())
 
@@ -165,17 +173,38 @@ class Call:
             raise NotCapturable("the attention mask has holes beside left padding")
         return starts
 
-    def _bind(self, state: int | None = None) -> None:
+    def prepare(self, length: int) -> None:
+        """Before the prompt: give an empty cache the buffers of an earlier call, so that its graph can be used again.
+
+        Args:
+            length (`int`): Tokens of the prompt.
+        """
+        step = _take(self.model, self.batch)
+        arena, self._step = step.arena, step
+        if arena is None or any(layer.is_initialized for layer in self.cache.layers):
+            return
+        if arena.settings is self.settings and arena.capacity == self._wanted(length, arena.slot_bytes):
+            try:
+                arena.provide(self.cache.layers)
+            except torch.OutOfMemoryError:
+                step.arena = None
+
+    def _wanted(self, length: int, slot: int) -> int:
+        sizes = {"slot_bytes": slot, "weights": weight_bytes(self.model), "page_size": self.settings.page_size}
+        return choose_capacity(length + 1, length + self.new_tokens, **sizes)
+
+    def _bind(self, state: int) -> None:
         step, layers = self._step, self.cache.layers
-        state = step.state if state is None else state
-        buffers = [layer.buffers() for layer in layers]
-        have = min(0 if pair is None else pair[0].shape[2] for pair in buffers)
-        cached = (tensor[:, :, :1] for layer in layers for tensor in (layer.keys, layer.values))
-        slot_bytes = sum(tensor.numel() * tensor.element_size() for tensor in cached)
-        align = ALIGN_PAGES * self.settings.page_size
-        sizes = {"slot_bytes": slot_bytes, "weights": weight_bytes(self.model), "align": align}
-        wanted = choose_capacity(self.length + 1, have, self.limit, **sizes)
-        self.capacity = step.bind(self.model, self.cache, self.length, wanted, self._starts, state)
+        capacity = min(0 if pair is None else pair[0].shape[2] for pair in (layer.buffers() for layer in layers))
+        enough = capacity >= self.length + min(self.new_tokens, MIN_SPARE) + 1
+        if not enough or not in_blocks(layers):
+            arena = Arena(layers, self._wanted(self.length, slot_bytes(layers)))
+            if arena.bytes <= free_bytes(self.model.device) // FREE_SHARE:
+                arena.move(layers)
+                step.arena = arena
+            if not enough:
+                capacity = arena.capacity
+        self.capacity = step.bind(self.model, self.cache, self.length, capacity, self._starts, state)
 
     def _give_up(self, error: Exception) -> None:
         reason = str(error) if isinstance(error, NotCapturable) else f"{type(error).__name__}: {str(error)[:200]}"
@@ -257,11 +286,16 @@ def why_eager(model: PreTrainedModel, settings: Any, kwargs: dict[str, Any]) -> 
     return why_not_model(model), True
 
 
-def _begin(model: PreTrainedModel, kwargs: dict[str, Any]) -> Call | None:
+def _begin(model: PreTrainedModel, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Call | None:
     settings = adapter().settings_of(model.config)
     reason, worth_a_line = why_eager(model, settings, kwargs)
     if reason is None:
-        return Call(model, settings, kwargs["past_key_values"], kwargs["generation_config"].max_length)
+        rows, tokens = input_ids.shape
+        new_tokens = (kwargs["generation_config"].max_length or 1 << 40) - tokens
+        call = Call(model, settings, kwargs["past_key_values"], rows, new_tokens)
+        embeds = kwargs.get("inputs_embeds")
+        call.prepare(tokens if embeds is None else embeds.shape[1])
+        return call
     tally_of(model).eager[reason] += 1
     if worth_a_line:
         _log_once(type(model).__name__, reason)
@@ -275,12 +309,12 @@ def install() -> None:
         return
 
     @functools.wraps(original)
-    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = _begin(self, kwargs) if _uses_unique(self) else None
+    def _sample(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = _begin(self, input_ids, kwargs) if _uses_unique(self) else None
         if call is None:
-            return original(self, *args, **kwargs)
+            return original(self, input_ids, *args, **kwargs)
         try:
-            return original(_StandIn(call), *args, **kwargs)
+            return original(_StandIn(call), input_ids, *args, **kwargs)
         finally:
             call.finish()
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .arena import Arena
 from .backend import adapter
 from .graphs import RECORDERS
 
@@ -56,6 +57,8 @@ class DecodeStep:
         self.replay: Callable[[], Any] | None = None
         # attention modules that ran, in order; weakly, since the step outlives no model
         self.modules: list[weakref.ref[torch.nn.Module]] = []
+        # where the buffers of the last cache lay, for a later call to ask for the same places
+        self.arena: Arena | None = None
         self.captures, self.seconds = 0, 0.0
         self._model: PreTrainedModel | None = None
         self._cache: Any = None

@@ -99,6 +99,13 @@ class UniqueDynamicLayer(DynamicLayer):
         views = self._views
         return views is not None and views[0] is self.keys and views[1] is self.values and writable(self._buffers[0])
 
+    def _suits(self, *new: torch.Tensor) -> bool:
+        # buffers that were brought for an empty layer may be meant for another batch
+        return all(
+            (x.shape[:2], x.shape[3], x.dtype, x.device) == (old.shape[:2], old.shape[3], old.dtype, old.device)
+            for x, old in zip(new, self._buffers)
+        )
+
     def _drop_buffers(self) -> None:
         self._buffers = self._views = None
 
@@ -123,7 +130,7 @@ class UniqueDynamicLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         end = length + key_states.shape[2]
-        if not self._owns_buffers() or self._buffers[0].shape[2] < end:
+        if not self._owns_buffers() or self._buffers[0].shape[2] < end or not self._suits(key_states, value_states):
             self._reserve(key_states, value_states, spare_capacity(end, self.index.settings.page_size))
         self._buffers[0][:, :, length:end].copy_(key_states)
         self._buffers[1][:, :, length:end].copy_(value_states)
@@ -134,6 +141,28 @@ class UniqueDynamicLayer(DynamicLayer):
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Keys and values with their spare slots, `[B, HK, capacity, D]`, where the layer owns such buffers now."""
         return self._buffers if self.fixed_lens is not None or self._owns_buffers() else None
+
+    def move_to(
+        self, keys: torch.Tensor, values: torch.Tensor, *stats: torch.Tensor | None, settings: UniqueConfig
+    ) -> None:
+        """Go on in buffers that the caller brings; what is cached is copied there.
+
+        Args:
+            keys (`torch.Tensor`): `[B, HK, capacity, D]`, whole pages.
+            values (`torch.Tensor`): `[B, HK, capacity, DV]`.
+            *stats (`torch.Tensor`): The fields of `PageStats` for `capacity / P` pages.
+            settings (`UniqueConfig`): Settings of the model, under which an empty layer wakes.
+        """
+        length = self.get_seq_length()
+        if length:
+            keys[:, :, :length].copy_(self.keys)
+            values[:, :, :length].copy_(self.values)
+        else:
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._buffers = (keys, values)
+        self._show(length)
+        self.index.wake(settings)
+        self.index.move_to(ops.PageStats(*stats))
 
     def enter_fixed(self, seq_lens: torch.Tensor, capacity: int) -> None:
         """Freeze shapes and addresses for a captured decode step.

@@ -106,6 +106,18 @@ class PageIndex:
 
         self.stats = ops.PageStats(*(None if tensor is None else grow(tensor) for tensor in old))
 
+    def move_to(self, stats: ops.PageStats) -> None:
+        """Go on in storage that the caller brings, with the pages that are covered."""
+        if self.stats is None:
+            self.covered = 0
+        else:
+            pages = math.ceil(self.covered / self.settings.page_size)
+            for new, old in zip(stats, self.stats):
+                if new is not None:
+                    new[:, :, :pages].copy_(old[:, :, :pages])
+        self.stats = stats
+        self.built_with = (self.settings.page_size, self.settings.score, self.settings.stats_dtype)
+
     def first(self, num_pages: int) -> ops.PageStats:
         """Views of the statistics of the first `num_pages` pages."""
         return ops.PageStats(*(None if tensor is None else tensor[:, :, :num_pages] for tensor in self.stats))
@@ -130,7 +142,7 @@ class PageIndex:
         if fresh < length:
             kwargs = {"page_size": settings.page_size, "score": settings.score, "stats_dtype": settings.stats_dtype}
             kwargs.update(seq_starts=seq_starts, token_mask=token_mask)
-            if fresh == 0:
+            if self.stats is None:
                 self.stats = ops.page_stats(keys, **kwargs)
             else:
                 if self.stats.spread.shape[2] < num_pages or not writable(self.stats.spread):
