@@ -10,6 +10,8 @@ per GPU at a time; `OUT/arms.json` is written after each, and arms that `--resum
 
 import argparse
 import functools
+import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import shutil
@@ -235,23 +237,13 @@ def compare(records, sizes):
 
 def environment():
     """Device and versions."""
-    import transformers
-
     cuda = torch.cuda.is_available()
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "unique_hf": unique_hf.__version__,
-    }
-    if cuda:
-        import triton
-
-        versions["triton"] = triton.__version__
+    names = ("torch", "transformers", "triton", "numpy")
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "devices": torch.cuda.device_count() if cuda else 1,
         "python": sys.version.split()[0],
-        "versions": versions,
+        "versions": {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)},
     }
 
 
