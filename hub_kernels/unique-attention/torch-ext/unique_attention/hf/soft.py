@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from .. import ops
 from ..settings import UniqueConfig
+from . import activity
 from .masks import MaskFacts, is_lower_right, matches
 from .modes import DENSE, Mode
+
+
+@contextlib.contextmanager
+def observing(see: Callable[..., None]) -> Iterator[None]:
+    """Show this thread's soft-mask calls to a meter: `see(settings, query, key, **where)` before each of them.
+
+    Args:
+        see (`Callable`): Gets the settings, `query [B, H, T, D]`, `key [B, HK, T, D]`, and by name `token_mask`,
+            `bounds`, `scaling`, `softcap` and `sinks`.
+    """
+    activity.PROBE.see = see
+    try:
+        yield
+    finally:
+        activity.PROBE.see = None
 
 
 def read_mask(
@@ -100,6 +118,10 @@ def soft_attention(
         # as autocast does for sdpa; norms and rotary embeddings in fp32 would otherwise meet values in 16 bits
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
+    see = None if torch.compiler.is_compiling() else getattr(activity.PROBE, "see", None)
+    if see is not None:
+        where = {"token_mask": token_mask, "bounds": bounds, "scaling": scaling}
+        see(settings, query, key, **where, softcap=softcap, sinks=s_aux)
     flat = bounds is not None and batch > 1
     if flat:
         # the op packs one row: the documents of all rows one after the other
