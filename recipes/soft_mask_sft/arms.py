@@ -11,7 +11,6 @@ per GPU at a time; `OUT/arms.json` is written after each, and arms that `--resum
 import argparse
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import multiprocessing
 import shutil
@@ -243,7 +242,9 @@ def environment():
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "devices": torch.cuda.device_count() if cuda else 1,
         "python": sys.version.split()[0],
-        "versions": {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)},
+        "versions": {
+            name: found.version for found in importlib.metadata.distributions() if (name := found.metadata["Name"]) in names
+        },
     }
 
 
