@@ -100,10 +100,10 @@ def draw(view: PageView, path: str | Path, page_size: int) -> None:
     figure = Figure(figsize=(12, 1.6 + 0.16 * queries), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (title, values, limits) in zip(figure.subplots(1, 2, sharey=True), panels):
-        low, high = limits or (0.0, float(values.max()))
+        low, high = limits or (float(values.median()), float(values.max()))
         extent = (0, pages * page_size, queries, 0)
         image = axis.imshow(
-            values, aspect="auto", interpolation="nearest", cmap="magma", vmin=low, vmax=high, extent=extent
+            values.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=low, vmax=high, extent=extent
         )
         axis.set(title=title, xlabel=f"position in the context (tokens; pages of {page_size})")
         axis.set_yticks([])
