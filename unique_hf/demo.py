@@ -81,7 +81,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="unique")
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="unique")
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"expected a model folder or Hub id, got {source!r}: {reason}") from error
@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(prog="python -m unique_hf.demo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m unique_hf.demo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="folder or Hub id (default: models/pocket-lm of the checkout)")
     parser.add_argument("--text", metavar="FILE", help="ask about this text file instead of the built-in one")
     parser.add_argument("--ask", action="append", metavar="QUESTION", help="with --text; may be given several times")

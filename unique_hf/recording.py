@@ -46,14 +46,14 @@ def recorded(model: PreTrainedModel) -> Iterator[Recording]:
     """
     recording = Recording()
 
-    def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if query.shape[2] == 1:
             recording.queries.setdefault(module.layer_idx, []).append(query.detach())
             scaling = kwargs.get("scaling")
             recording.scaling[module.layer_idx] = query.shape[-1] ** -0.5 if scaling is None else scaling
         return sdpa_attention_forward(module, query, key, *args, **kwargs)
 
-    before = model.config.get_text_config()._attn_implementation
+    before: Any = model.config.get_text_config()._attn_implementation
     ALL_ATTENTION_FUNCTIONS[NAME] = attention
     ALL_MASK_ATTENTION_FUNCTIONS[NAME] = sdpa_mask
     try:
