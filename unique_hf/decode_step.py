@@ -154,12 +154,14 @@ class DecodeStep:
                 continue
             if torch.is_tensor(value):
                 tensors[name] = value
-            elif value is None or isinstance(value, (bool, int, float, str)):
-                constants[name] = value
-            else:
+            elif isinstance(value, (dict, list, tuple)):
                 raise NotCapturable(f"the model takes `{name}` of type {type(value).__name__} at every step")
+            else:
+                constants[name] = value
         layout = tuple((name, value.shape, value.dtype) for name, value in sorted(tensors.items()))
-        layout += tuple(sorted(constants.items()))
+        # objects (a tokenizer, for stop strings) by identity: `constants` keeps them, so that no other gets their id
+        plain = (bool, int, float, str, type(None))
+        layout += tuple((name, x if isinstance(x, plain) else id(x)) for name, x in sorted(constants.items()))
         if layout != self.layout:
             with torch.inference_mode(False):
                 self.inputs = {name: torch.empty_like(value) for name, value in tensors.items()}
