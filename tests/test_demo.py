@@ -137,6 +137,10 @@ def test_picture_shows_the_head_that_looks_away_and_keeps_its_pages(pocket, mode
         retrieval.ask(model, cache, hay.question_ids)
     view = picture.sharpest_view([(seen, [len(ids) - 1 for ids in hay.question_ids])], cache, settings)
     assert view.mass.shape == view.scores.shape == view.kept.shape == (FACTS, -(-len(hay.input_ids) // 4))
+    query = seen.at(view.layer, [len(ids) - 1 for ids in hay.question_ids])
+    mass = recording.token_mass(query, cache.layers[view.layer].keys, seen.scaling[view.layer])
+    by_head = recording.by_page(mass, 4)[..., 1:-2].amax(-1).mean(0)
+    assert by_head.argmax() == view.head and by_head.min() < by_head.max()
     peaks = view.mass[:, 1:-2].amax(-1)
     assert peaks.mean() > 0.3, "no head looks at the facts"
     # the pages that the head looks at are where the facts stand

@@ -130,7 +130,7 @@ def result_files(tmp_path, contexts=(4096, 32768)):
     ]
     judged = [
         {**shared, "context": n, "page_size": p, "stats_dtype": s, "accuracy": a - (n != 16384), "dense_accuracy": 1.0}
-        for n in (8192, 16384)
+        for n in (16384, 8192)
         for p, s, a in pairs
     ]
     for name, rows in (("decode", timed), ("quality", judged)):
