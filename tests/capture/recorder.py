@@ -1,6 +1,7 @@
 """A stand-in for CUDA graphs on any device: replays by running again, and fails where a real graph would go wrong."""
 
 import contextlib
+import sys
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from unique_attention import ops
 from unique_hf import graphs
+from unique_hf.arena import Arena
 
 HOST_READS = ("aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default")
 # their CPU reference reads lengths; the kernels that a graph records do not
@@ -109,12 +111,31 @@ def exempt(name):
     return call
 
 
+class Blocks:
+    """Gives freed memory of the wanted size out again, as torch's allocator does on a GPU and malloc may not."""
+
+    def __init__(self):
+        self.pool = []
+
+    def __call__(self, arena, size):
+        for memory in self.pool:
+            # held by the pool, the loop variable, and the call alone
+            if len(memory) == size and sys.getrefcount(memory) <= 3:
+                break
+        else:
+            memory = bytearray(size)
+            self.pool.append(memory)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 @contextlib.contextmanager
 def recording_on_cpu(recorder=Replayed):
     """Lets `generate` capture on the CPU; yields the log of what the recorder did."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(graphs.RECORDERS, "cpu", recorder)
         patch.setattr(Replayed, "log", [])
+        blocks = Blocks()
+        patch.setattr(Arena, "_block", lambda arena, size: blocks(arena, size))
         for name in EXEMPT:
             patch.setattr(ops, name, exempt(name))
         yield Replayed.log

@@ -72,6 +72,9 @@ class UniqueDynamicLayer(DynamicLayer):
         if self.index.settings is None:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
         else:
+            if self.is_initialized and torch.is_autocast_enabled(key_states.device.type):
+                # keys come out of fp32 rotations, values of 16-bit products: the parent promotes, and so stays in fp32
+                key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
             self._check(key_states, value_states)
             if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
                 # in-place writes would break the graph of earlier steps
