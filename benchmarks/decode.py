@@ -1,8 +1,9 @@
 """Decode attention: UNIQUE against torch SDPA and FlashInfer, in one run, inside CUDA graphs.
 
-`python -m benchmarks.decode` on a CUDA device writes `benchmarks/results/decode_h200.json`; `--smoke` runs a tiny case
-anywhere. Every row carries the needle accuracy and the recall of attention mass that `benchmarks/quality.py` measured for
-its settings. The time of UNIQUE includes writing the new token and its statistics; that of the baselines does not.
+`python -m benchmarks.decode` on a CUDA device writes `benchmarks/results/decode_h200.json`; `--smoke` runs a tiny
+case anywhere. Every row carries the needle accuracy and the recall of attention mass that `benchmarks/quality.py`
+measured for its settings. The time of UNIQUE includes writing the new token and its statistics; that of the
+baselines does not.
 """
 
 from __future__ import annotations
@@ -214,32 +215,37 @@ def measure(
     dense = time_dense(shape, device)
     if device == "cuda":
         torch.cuda.empty_cache()
-    best = min(dense, key=dense.__getitem__)
     rows = []
     for config in configs:
-        decode = Decode(shape, config, device, dense_below)
-        us, spread = time_us([lambda x=x: decode.step(x) for x in decode.inputs])
-        row = {
-            "batch": shape.batch, "context": shape.context, "heads": shape.heads, "kv_heads": shape.kv_heads,
-            "head_dim": shape.head_dim, "dtype": str(shape.dtype).removeprefix("torch."),
-            **{key: getattr(config, key) for key in KEYS},
-            "us": round(us, 2), "us_spread": round(spread, 2),
-            "dense_us": round(dense[best], 2), "dense": best, "speedup": round(dense[best] / us, 3),
-            "baselines_us": {name: round(value, 2) for name, value in dense.items()},
-            "floor_us": round(floor_us(shape, config), 2),
-            "parts_us": {name: round(value, 2) for name, value in decode.parts().items()},
-            **quality_of(config, quality),
-        }  # fmt: skip
-        rows.append(row)
-        print(
-            f"B{shape.batch:>3} x {shape.context:>8} H{shape.heads}/{shape.kv_heads} D{shape.head_dim} page {config.page_size:>2} "
-            f"{config.stats_dtype:>4} budget {config.budget:>4}: {us:8.1f} us (floor {row['floor_us']:7.1f}) {row['speedup']:6.2f}x of {best} "
-            f"{dense[best]:8.1f}  parts {row['parts_us']}", flush=True,
-        )  # fmt: skip
-        del decode
+        rows.append(measure_setting(shape, config, device, quality, dense_below, dense))
         if device == "cuda":
             torch.cuda.empty_cache()
     return rows
+
+
+def measure_setting(shape: Shape, config: UniqueConfig, device: str, quality, dense_below: int, dense: dict) -> dict:
+    """The row of one setting."""
+    best = min(dense, key=dense.__getitem__)
+    decode = Decode(shape, config, device, dense_below)
+    us, spread = time_us([lambda x=x: decode.step(x) for x in decode.inputs])
+    row = {
+        "batch": shape.batch, "context": shape.context, "heads": shape.heads, "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim, "dtype": str(shape.dtype).removeprefix("torch."),
+        **{key: getattr(config, key) for key in KEYS},
+        "us": round(us, 2), "us_spread": round(spread, 2),
+        "dense_us": round(dense[best], 2), "dense": best, "speedup": round(dense[best] / us, 3),
+        "baselines_us": {name: round(value, 2) for name, value in dense.items()},
+        "floor_us": round(floor_us(shape, config), 2),
+        "parts_us": {name: round(value, 2) for name, value in decode.parts().items()},
+        **quality_of(config, quality),
+    }  # fmt: skip
+    print(
+        f"B{shape.batch:>3} x {shape.context:>7} H{shape.heads}/{shape.kv_heads} D{shape.head_dim} "
+        f"page {config.page_size:>2} {config.stats_dtype:>4} budget {config.budget:>4}: {us:7.1f} us "
+        f"(floor {row['floor_us']:6.1f}) {row['speedup']:6.2f}x of {best} {dense[best]:7.1f} parts {row['parts_us']}",
+        flush=True,
+    )
+    return row
 
 
 def settings(*pairs, budget: int = 512) -> list[UniqueConfig]:

@@ -51,7 +51,8 @@ def write_results(path: Path, rows: list[dict], **facts):
 def time_us(calls: list, repeats: int = 15, target_ms: float = 4.0) -> tuple[float, float]:
     """Median and spread (p90 - p10) in microseconds of one call.
 
-    On a GPU the calls, each on inputs of its own so that caches stay cold, are captured one after another into a CUDA graph.
+    On a GPU the calls, each on inputs of its own so that caches stay cold, are captured one after another into a
+    CUDA graph.
     """
     if not torch.cuda.is_available():
         samples = []

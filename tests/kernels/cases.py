@@ -9,7 +9,6 @@ import torch
 
 from unique_attention.settings import UniqueConfig
 
-
 # the interpreter runs on the CPU; otherwise these tests need a CUDA device
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 

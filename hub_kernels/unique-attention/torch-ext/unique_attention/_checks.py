@@ -85,6 +85,11 @@ def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
 
 
+def shared(lengths: Tensor | None) -> Tensor | None:
+    """One element instead of an expanded one: compilers refuse to pass overlapping memory to a kernel."""
+    return lengths[:1] if lengths is not None and lengths.stride(0) == 0 else lengths
+
+
 def empty_stats(
     shape: tuple[int, ...], head_dim: int, *, score: str = "scalar", stats_dtype: str = "fp8", device=None
 ) -> PageStats:

@@ -57,8 +57,8 @@ def target_of(device: torch.device) -> Target:
 
 
 def stride_of(tensor: torch.Tensor | None) -> int:
-    """Stride of the batch dimension of a `[B]` or `[B, ...]` tensor, 0 for `None`."""
-    return 0 if tensor is None else tensor.stride(0)
+    """Stride of the batch dimension of a `[B]` or `[B, ...]` tensor; 0 for `None` and for what all rows share."""
+    return 0 if tensor is None or tensor.numel() == 1 else tensor.stride(0)
 
 
 def page_strides(tensor: torch.Tensor, paged: bool, page_dim: int = 2) -> tuple[int, int, int]:

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from ._common import (
     ABSOLUTE,
-    DIAGONAL,
     FP8,
     INT4,
     INT8,
@@ -96,44 +95,28 @@ def group_norm(q_ptr, stride_qh, stride_qd, first_head, D: tl.constexpr, BD: tl.
 
 
 @triton.jit
-def dot_pages(
-    q_ptr, stride_qh, stride_qd, first_head, codes_ptr, scales_ptr, offs_pc, offs_ps, mask_page, scale,
+def prepare_query(
+    q_ptr, stride_qh, stride_qd, first_head, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VECTOR: tl.constexpr,
-    DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VECTOR: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """`query . page vector` for `[BLOCK_N]` pages in float32."""
+    """The query vector that meets page vector `VECTOR`, as the four values that `dot_pages` wants for this storage."""
     if DP4A and KIND == INT8:
-        # the query as 15-bit fixed-point numbers in two int8 limbs
-        offs_w = tl.arange(0, BD // 4)
-        codes = tl.load(
-            codes_ptr.to(tl.pointer_type(tl.int32)) + (offs_pc // 4)[:, None] + offs_w[None, :],
-            mask=mask_page[:, None] & (offs_w < D // 4)[None, :],
-            other=0,
-        )
-        page_scale = tl.load(scales_ptr + offs_ps, mask=mask_page, other=0.0).to(tl.float32)
-        dims = offs_w[:, None] * 4 + tl.arange(0, 4)[None, :]
+        # 15-bit fixed-point numbers in two int8 limbs: high words, low words, step
+        dims = tl.arange(0, BD // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
         x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR)
         absmax = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
         number = _round(x * tl.where(absmax > 0, 16256.0 / absmax, 0.0))
         high = (number + 64) >> 7
-        products = _dot4_wide(codes, _pack_words(high)[None, :], _pack_words(number - (high << 7))[None, :])
-        dot = tl.sum(products, axis=1).to(tl.float32) * (page_scale * (absmax / 16256.0))
+        words = _pack_words(high)
+        step = absmax / 16256.0
+        return words, _pack_words(number - (high << 7)), step, step
     elif DP4A and KIND == INT4:
-        # groups of 32 dims are 4 words of codes; the query as int8 numbers with a step per group
+        # int8 numbers with a step per group of 32 dims: words of the two halves, step, and a correction, since codes
+        # are stored with 8 added
         offs_g = tl.arange(0, BD // 32)
         offs_w = tl.arange(0, 4)
-        mask_g = offs_g < NG
-        packed = tl.load(
-            codes_ptr.to(tl.pointer_type(tl.int32))
-            + (offs_pc // 4)[:, None, None] + offs_g[None, :, None] * 4 + offs_w[None, None, :],
-            mask=mask_page[:, None, None] & mask_g[None, :, None],
-            other=0,
-        )  # [BLOCK_N, groups, 4]  # fmt: skip
-        group_scale = tl.load(
-            scales_ptr + offs_ps[:, None] + offs_g[None, :], mask=mask_page[:, None] & mask_g[None, :], other=0.0
-        ).to(tl.float32)
-        dims = offs_g[:, None, None] * 32 + offs_w[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+        dims = offs_g[:, None, None] * 32 + offs_w[None, :, None] * 4 + offs_w[None, None, :]
         x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR)
         dims += 16
         y = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR)
@@ -141,10 +124,48 @@ def dot_pages(
         factor = tl.where(absmax > 0, 127.0 / absmax, 0.0)[:, None, None]
         first = _round(x * factor)
         second = _round(y * factor)
-        products = tl.sum(_dot8_nibbles(packed, _pack_words(first)[None], _pack_words(second)[None]), axis=2)
-        # codes are stored with 8 added
-        products -= 8 * tl.sum(tl.sum(first + second, axis=2), axis=1)[None, :]
-        dot = tl.sum(products.to(tl.float32) * (group_scale * (absmax / 127.0)[None, :]), axis=1)
+        correction = 8 * tl.sum(tl.sum(first + second, axis=2), axis=1)
+        return _pack_words(first), _pack_words(second), absmax / 127.0, correction
+    elif KIND == INT4:
+        offs_c = tl.arange(0, BC)
+        dims = int4_dims(offs_c, 0, C)
+        mask = (offs_c < C) & (dims < D)
+        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR)
+        dims = int4_dims(offs_c, 1, C)
+        mask = (offs_c < C) & (dims < D)
+        return x, _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR), x, x
+    else:
+        offs_d = tl.arange(0, BD)
+        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, offs_d, offs_d < D, scale, GROUP, FORM, VECTOR)
+        return x, x, x, x
+
+
+@triton.jit
+def dot_pages(
+    qa, qb, qc, qd, codes_ptr, scales_ptr, offs_pc, offs_ps, mask_page,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
+    KIND: tl.constexpr, SQUARED: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """`query . page vector` (its square if `SQUARED`) for `[BLOCK_N]` pages, float32; the query comes prepared."""
+    if DP4A and KIND == INT8:
+        offs_w = tl.arange(0, BD // 4)
+        codes = tl.load(
+            codes_ptr.to(tl.pointer_type(tl.int32)) + (offs_pc // 4)[:, None] + offs_w[None, :],
+            mask=mask_page[:, None] & (offs_w < D // 4)[None, :],
+            other=0,
+        )
+        page_scale = tl.load(scales_ptr + offs_ps, mask=mask_page, other=0.0).to(tl.float32)
+        products = _dot4_wide(codes, qa[None, :], qb[None, :])
+        dot = tl.sum(products, axis=1).to(tl.float32) * (page_scale * qc)
+    elif DP4A and KIND == INT4:
+        # groups of 32 dims are 4 words of codes
+        offs_g = tl.arange(0, BD // 32)
+        mask = mask_page[:, None] & (offs_g < NG)[None, :]
+        words = (offs_pc // 4)[:, None, None] + offs_g[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+        packed = tl.load(codes_ptr.to(tl.pointer_type(tl.int32)) + words, mask=mask[:, :, None], other=0)
+        group_scale = tl.load(scales_ptr + offs_ps[:, None] + offs_g[None, :], mask=mask, other=0.0).to(tl.float32)
+        products = tl.sum(_dot8_nibbles(packed, qa[None], qb[None]), axis=2) - qd[None, :]  # [BLOCK_N, groups]
+        dot = tl.sum(products.to(tl.float32) * (group_scale * qc[None, :]), axis=1)
     elif KIND == INT4:
         offs_c = tl.arange(0, BC)
         packed = tl.load(
@@ -153,34 +174,22 @@ def dot_pages(
         dot = tl.zeros(offs_pc.shape, tl.float32)
         for half in tl.static_range(2):
             dims = int4_dims(offs_c, half, C)
-            mask_dim = (offs_c < C) & (dims < D)
-            x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask_dim, scale, GROUP, FORM, VECTOR)
-            group_scale = tl.load(
-                scales_ptr + offs_ps[:, None] + (dims // 32)[None, :],
-                mask=mask_page[:, None] & mask_dim[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            vector = (((packed >> (4 * half)) & 15) - 8).to(tl.float32) * group_scale
-            if VECTOR == 1 and (FORM == MOMENT or FORM == DIAGONAL):
+            mask = mask_page[:, None] & ((offs_c < C) & (dims < D))[None, :]
+            group_scale = tl.load(scales_ptr + offs_ps[:, None] + (dims // 32)[None, :], mask=mask, other=0.0)
+            vector = (((packed >> (4 * half)) & 15) - 8).to(tl.float32) * group_scale.to(tl.float32)
+            if SQUARED:
                 vector = vector * vector
-            dot += tl.sum(vector * x[None, :], axis=1)
+            dot += tl.sum(vector * (qa if half == 0 else qb)[None, :], axis=1)
     else:
         offs_d = tl.arange(0, BD)
         codes = tl.load(
             codes_ptr + offs_pc[:, None] + offs_d[None, :], mask=mask_page[:, None] & (offs_d < D)[None, :], other=0
         )
-        if KIND == FP8:
-            vector = decode_fp8(codes, NATIVE_FP8)
-        else:
-            vector = codes.to(tl.float32)
-        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, offs_d, offs_d < D, scale, GROUP, FORM, VECTOR)
-        squared: tl.constexpr = VECTOR == 1 and (FORM == MOMENT or FORM == DIAGONAL)
-        if squared:
+        vector = decode_fp8(codes, NATIVE_FP8) if KIND == FP8 else codes.to(tl.float32)
+        if SQUARED:
             vector = vector * vector
-        dot = tl.sum(vector * x[None, :], axis=1)
+        dot = tl.sum(vector * qa[None, :], axis=1)
         if KIND == FP8 or KIND == INT8:
             page_scale = tl.load(scales_ptr + offs_ps, mask=mask_page, other=0.0).to(tl.float32)
-            if squared:
-                page_scale = page_scale * page_scale
-            dot = dot * page_scale
+            dot = dot * (page_scale * page_scale if SQUARED else page_scale)
     return dot

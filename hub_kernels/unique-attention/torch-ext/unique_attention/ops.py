@@ -18,6 +18,7 @@ from ._checks import (
     empty_stats,
     kernels,
     resolve_scale,
+    shared,
     use_triton,
 )
 from .ops_training import soft_mask_attention
@@ -87,6 +88,7 @@ def page_stats(
     if score == "oracle" or not use_triton(k, impl, score):
         return reference.page_stats(k, **settings, out=out)
     check_triton_dims(k)
+    settings["seq_lens"] = shared(seq_lens)
     if out is None:
         shape = tuple(k.shape[:2]) if page_table is not None else (*k.shape[:2], -(-k.shape[2] // page_size))
         out = empty_stats(shape, k.shape[-1], score=score, stats_dtype=stats_dtype, device=k.device)
@@ -153,7 +155,7 @@ def append_tokens(
         reference.append_tokens(k_cache, v_cache, stats, k_new, v_new, seq_lens, **settings)
         return
     check_triton_dims(k_cache, v_cache)
-    kernels("page_stats").append_tokens(k_cache, v_cache, stats, k_new, v_new, seq_lens=seq_lens, **settings)
+    kernels("page_stats").append_tokens(k_cache, v_cache, stats, k_new, v_new, seq_lens=shared(seq_lens), **settings)
 
 
 def page_scores(
@@ -211,6 +213,7 @@ def page_scores(
     if not use_triton(q, impl, score):
         return reference.page_scores(q, stats, **settings, k=k)
     check_triton_dims(q)
+    settings["seq_lens"] = shared(seq_lens)
     num_pages = stats.codes.shape[2] if page_table is None else page_table.shape[1]
     out = torch.empty((q.shape[0], stats.codes.shape[1], num_pages), dtype=torch.float32, device=q.device)
     return kernels("page_score").page_scores(q, stats, out, **settings)
@@ -254,6 +257,7 @@ def select_pages(
                 "seq_lens": seq_lens, "seq_starts": seq_starts}  # fmt: skip
     if not use_triton(scores, impl):
         return reference.select_pages(scores, num_kept=num_kept, **settings)
+    settings["seq_lens"] = shared(seq_lens)
     page_ids = torch.empty((*scores.shape[:2], num_kept), dtype=torch.int32, device=scores.device)
     return kernels("page_select").select_pages(scores, page_ids, **settings)
 
@@ -310,6 +314,7 @@ def sparse_decode(
     if not use_triton(q, impl):
         return reference.sparse_decode(q, k, v, page_ids, **settings)
     check_triton_dims(k, v)
+    settings["seq_lens"] = shared(seq_lens)
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
     return kernels("sparse_decode").sparse_decode(q, k, v, page_ids, out, **settings)
 
@@ -385,7 +390,7 @@ def unique_decode(
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
     kernels("unique_decode").unique_decode(
         q, k, v, stats, out, page_ids, config=config, score_weight=resolve_score_weight(score, config.score_weight),
-        softmax_scale=resolve_scale(softmax_scale, q.shape[-1]), seq_lens=seq_lens, seq_starts=seq_starts,
+        softmax_scale=resolve_scale(softmax_scale, q.shape[-1]), seq_lens=shared(seq_lens), seq_starts=seq_starts,
         token_mask=token_mask, page_table=page_table, softcap=softcap, sinks=sinks, dense_below=dense_below,
         counters=counters, new=new,
     )  # fmt: skip

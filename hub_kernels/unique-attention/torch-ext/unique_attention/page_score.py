@@ -25,7 +25,7 @@ from ._common import (
     stride_of,
     target_of,
 )
-from ._page_dot import dot_pages, group_norm
+from ._page_dot import dot_pages, group_norm, prepare_query
 from .page_select import store_peaks
 
 # how the heads of a group vote; the kernels branch on these at compile time
@@ -34,27 +34,46 @@ VOTE_MEAN, VOTE_MAX, VOTE_SOFTMAX_MEAN, VOTE_SHIFTED_MAX = (tl.constexpr(i) for 
 
 
 @triton.jit
-def _head_score(
-    q_ptr, stride_qh, stride_qd, head, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps, spread, inside,
-    weight, scale,
+def _prepare_head(
+    q_ptr, stride_qh, stride_qd, head, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 2 for one head, or for the average of `GROUP` heads."""
-    score = dot_pages(
-        q_ptr, stride_qh, stride_qd, head, codes_ptr, scales_ptr, offs_pc, offs_ps, inside, scale,
-        D, BD, C, BC, NG, GROUP, KIND, FORM, 0, DP4A, NATIVE_FP8,
-    )  # fmt: skip
+    """What a head (or the average of `GROUP` heads) brings to every page: one or two query vectors and the norm."""
+    a, b, c, d = prepare_query(q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 0, DP4A)
+    e, f, g, h = a, b, c, d
+    norm = 0.0
     if FORM == SCALAR:
-        score += spread * (weight * group_norm(q_ptr, stride_qh, stride_qd, head, D, BD, GROUP))
+        norm = group_norm(q_ptr, stride_qh, stride_qd, head, D, BD, GROUP)
+    elif FORM != MEAN:
+        # squares of codes do not fit the integer products
+        e, f, g, h = prepare_query(
+            q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 1,
+            DP4A and FORM != DIAGONAL and FORM != MOMENT,
+        )  # fmt: skip
+    return a, b, c, d, e, f, g, h, norm
+
+
+@triton.jit
+def _head_score(
+    a, b, c, d, e, f, g, h, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps, spread, inside,
+    weight, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """Eq. 2 from what `_prepare_head` gave."""
+    score = dot_pages(
+        a, b, c, d, codes_ptr, scales_ptr, offs_pc, offs_ps, inside, D, BD, C, BC, NG, KIND, False, DP4A, NATIVE_FP8
+    )
+    if FORM == SCALAR:
+        score += spread * (weight * norm)
     elif FORM != MEAN:
         second_scales = scales_ptr
         if KIND >= FP8:
             second_scales += stride_sv
-        # squares of codes do not fit the integer products
+        squared: tl.constexpr = FORM == DIAGONAL or FORM == MOMENT
         offset = dot_pages(
-            q_ptr, stride_qh, stride_qd, head, codes_ptr + stride_cv, second_scales, offs_pc, offs_ps, inside, scale,
-            D, BD, C, BC, NG, GROUP, KIND, FORM, 1, DP4A and FORM != DIAGONAL and FORM != MOMENT, NATIVE_FP8,
+            e, f, g, h, codes_ptr + stride_cv, second_scales, offs_pc, offs_ps, inside,
+            D, BD, C, BC, NG, KIND, squared, DP4A and not squared, NATIVE_FP8,
         )  # fmt: skip
         if FORM == DIAGONAL:
             offset = tl.sqrt(offset)
@@ -63,43 +82,59 @@ def _head_score(
 
 
 @triton.jit
-def score_block(
+def score_blocks(
     q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, table_ptr,
     stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
-    b, h, begin, first_page, last_page, num_pages, weight, scale,
+    row, head, begin, first_page, last_page, num_pages, weight, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
-    SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, HAS_TABLE: tl.constexpr, PEAKS: tl.constexpr,
     DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 2 and 3 for the pages `begin .. begin + BLOCK_N - 1` of one row; the pointers are those of the row."""
-    pages = begin + tl.arange(0, BLOCK_N)
-    inside = (pages >= first_page) & (pages < last_page)
-    physical = physical_page(table_ptr, stride_table, b, pages, inside, HAS_TABLE)
-    offs_pc = physical * stride_cp
-    offs_ps = physical * stride_sp
-    spread = tl.zeros((BLOCK_N,), tl.float32)
-    if FORM == SCALAR:
-        spread = tl.load(spread_ptr + physical * stride_dp, mask=inside, other=0.0).to(tl.float32)
+    """Eq. 2 and 3 for `BLOCKS` blocks of `BLOCK_N` pages of a row, from page `begin`; the pointers are the row's."""
     linear: tl.constexpr = VOTE == VOTE_MEAN and FORM != DIAGONAL
-    group: tl.constexpr = G if linear else 1
-    best = tl.full((BLOCK_N,), float("-inf") if VOTE == VOTE_MAX else 0.0, tl.float32)
-    for g in tl.static_range(1 if linear else G):
-        score = _head_score(
-            q_ptr, stride_qh, stride_qd, h * G + g, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps,
-            spread, inside, weight, scale, D, BD, C, BC, NG, group, KIND, FORM, DP4A, NATIVE_FP8,
+    qa, qb, qc, qd, qe, qf, qg, qh, norm = _prepare_head(
+        q_ptr, stride_qh, stride_qd, head * G, scale, D, BD, C, BC, NG, G if linear else 1, KIND, FORM, DP4A
+    )
+    stop = tl.minimum(begin + BLOCKS * BLOCK_N, last_page)
+    for block in range(begin, stop, BLOCK_N):
+        pages = block + tl.arange(0, BLOCK_N)
+        inside = (pages >= first_page) & (pages < last_page)
+        physical = physical_page(table_ptr, stride_table, row, pages, inside, HAS_TABLE)
+        offs_pc = physical * stride_cp
+        offs_ps = physical * stride_sp
+        spread = tl.zeros((BLOCK_N,), tl.float32)
+        if FORM == SCALAR:
+            spread = tl.load(spread_ptr + physical * stride_dp, mask=inside, other=0.0).to(tl.float32)
+        best = _head_score(
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps,
+            spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
         )  # fmt: skip
-        if VOTE == VOTE_MAX:
-            best = tl.maximum(best, score)
-        elif VOTE == VOTE_MEAN:
-            best += score if linear else score / G
-        else:
-            tl.store(out_ptr + g * stride_og + pages, tl.where(inside, score, float("-inf")), mask=pages < num_pages)
-    if VOTE == VOTE_MEAN or VOTE == VOTE_MAX:
-        best = tl.where(inside, best, float("-inf"))
-        tl.store(out_ptr + pages, best, mask=pages < num_pages)
-        if PEAKS:
-            store_peaks(peaks_ptr, best, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
+        if not linear:
+            if VOTE >= VOTE_SOFTMAX_MEAN:
+                tl.store(out_ptr + pages, tl.where(inside, best, float("-inf")), mask=pages < num_pages)
+            for g in tl.static_range(1, G):
+                a, b, c, d, e, f, gg, h, other_norm = _prepare_head(
+                    q_ptr, stride_qh, stride_qd, head * G + g, scale, D, BD, C, BC, NG, 1, KIND, FORM, DP4A
+                )
+                score = _head_score(
+                    a, b, c, d, e, f, gg, h, other_norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc,
+                    offs_ps, spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
+                )  # fmt: skip
+                if VOTE == VOTE_MAX:
+                    best = tl.maximum(best, score)
+                elif VOTE == VOTE_MEAN:
+                    best += score
+                else:
+                    score = tl.where(inside, score, float("-inf"))
+                    tl.store(out_ptr + g * stride_og + pages, score, mask=pages < num_pages)
+            if VOTE == VOTE_MEAN:
+                best = best / G
+        if VOTE == VOTE_MEAN or VOTE == VOTE_MAX:
+            best = tl.where(inside, best, float("-inf"))
+            tl.store(out_ptr + pages, best, mask=pages < num_pages)
+            if PEAKS:
+                store_peaks(peaks_ptr, best, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_pages", "capacity"])
@@ -113,7 +148,8 @@ def _page_score_fwd_kernel(
     stride_len, stride_start, stride_table,
     num_pages, capacity, weight, scale,
     P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    G: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
+    G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_TABLE: tl.constexpr,
     DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
@@ -125,22 +161,23 @@ def _page_score_fwd_kernel(
     pid_b = tl.program_id(2).to(tl.int64)
     last_page = tl.cdiv(row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS), P)
     first_page = row_start(start_ptr, stride_start, pid_b, HAS_STARTS) // P
-    begin = tl.program_id(0) * BLOCK_N
+    begin = tl.program_id(0) * (BLOCK_N * BLOCKS)
     row_out = out_ptr + pid_b * stride_ob + pid_h * stride_oh
     if begin < last_page:
         row_s = scales_ptr
         if KIND >= FP8:
             row_s += pid_b * stride_sb + pid_h * stride_sh
-        score_block(
+        score_blocks(
             q_ptr + pid_b * stride_qb, codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
             spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_out, None, table_ptr,
             stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
             pid_b, pid_h, begin, first_page, last_page, num_pages, weight, scale,
-            D, BD, C, BC, NG, G, 0, 0, 1, BLOCK_N, KIND, FORM, VOTE, HAS_TABLE, False, DP4A, NATIVE_FP8,
+            D, BD, C, BC, NG, G, 0, 0, 1, BLOCK_N, BLOCKS, KIND, FORM, VOTE, HAS_TABLE, False, DP4A, NATIVE_FP8,
         )  # fmt: skip
-    else:
-        pages = begin + tl.arange(0, BLOCK_N)
-        nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    scored = tl.maximum(tl.cdiv(last_page - begin, BLOCK_N), 0) * BLOCK_N
+    for block in range(begin + scored, begin + BLOCKS * BLOCK_N, BLOCK_N):
+        pages = block + tl.arange(0, BLOCK_N)
         for g in tl.static_range(1 if VOTE == VOTE_MEAN or VOTE == VOTE_MAX else G):
             tl.store(row_out + g * stride_og + pages, nothing, mask=pages < num_pages)
 
@@ -183,11 +220,12 @@ class Scoring(NamedTuple):
 
     constants: dict
     block_n: int
+    blocks: int
     num_warps: int
     per_head: bool
 
 
-def plan_scoring(q, stats, *, score, group_reduce, stats_dtype) -> Scoring:
+def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Scoring:
     """Constants and launch settings from shapes and storage."""
     codes, num_kv_heads, head_dim = stats.codes, stats.codes.shape[1], q.shape[-1]
     half = (head_dim + 1) // 2
@@ -201,11 +239,21 @@ def plan_scoring(q, stats, *, score, group_reduce, stats_dtype) -> Scoring:
         "G": q.shape[1] // num_kv_heads, "KIND": KIND[stats_dtype], "FORM": FORM[score], "VOTE": VOTE[group_reduce],
         "DP4A": integer and codes.stride(-2) * codes.element_size() % 4 == 0, "NATIVE_FP8": target.native_fp8,
     }  # fmt: skip
-    # registers of codes a thread, times the pages a warp takes at once: measured on an H200
-    words = block_d // {"int8": 4, "int4": 8}[stats_dtype] if constants["DP4A"] else block_d // 2
-    num_warps = 1 if words >= 32 else 4
-    block_n = max(16, min(256, 2048 * num_warps // words))
-    return Scoring(constants, block_n, num_warps, group_reduce in ("softmax_mean", "shifted_max"))
+    per_head = group_reduce in ("softmax_mean", "shifted_max")
+    block_n, num_warps = launch_score(stats_dtype, block_d, constants["DP4A"])
+    # the query is prepared once per program: several blocks each, as long as there are programs enough
+    rows = q.shape[0] * num_kv_heads
+    blocks = 1
+    while blocks < 8 and rows * triton.cdiv(num_pages, block_n * blocks * 2) >= 64 * target.num_sms // num_warps:
+        blocks *= 2
+    return Scoring(constants, block_n, 1 if per_head else blocks, num_warps, per_head)
+
+
+def launch_score(stats_dtype: str, block_d: int, integer: bool) -> tuple[int, int]:
+    """Pages per block and warps: 64 registers of codes a thread, measured on an H200."""
+    if integer:
+        return max(16, min(256, 8192 // block_d)), 1
+    return max(16, min(256, 8192 // block_d)), 4
 
 
 def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
@@ -223,19 +271,19 @@ def page_scores(
     """Fills `out [B, HK, N]`."""
     paged = page_table is not None
     batch, num_kv_heads, num_pages = out.shape
-    scoring = plan_scoring(q, stats, score=score, group_reduce=group_reduce, stats_dtype=stats_dtype)
+    scoring = plan_scoring(q, stats, num_pages, score=score, group_reduce=group_reduce, stats_dtype=stats_dtype)
     group = scoring.constants["G"]
     raw = out
     if scoring.per_head:
         raw = torch.empty((batch, num_kv_heads, group, num_pages), dtype=torch.float32, device=q.device)
     tensors, strides = stats_arguments(stats, stats_dtype, paged)
-    _page_score_fwd_kernel[(triton.cdiv(num_pages, scoring.block_n), num_kv_heads, batch)](
+    _page_score_fwd_kernel[(triton.cdiv(num_pages, scoring.block_n * scoring.blocks), num_kv_heads, batch)](
         q, *tensors, raw, seq_lens, seq_starts, page_table,
         q.stride(0), q.stride(1), q.stride(-1), *strides,
         raw.stride(0), raw.stride(1), raw.stride(2) if scoring.per_head else 0,
         stride_of(seq_lens), stride_of(seq_starts), stride_of(page_table),
         num_pages, num_pages * page_size, score_weight, softmax_scale,
-        P=page_size, **scoring.constants, BLOCK_N=scoring.block_n,
+        P=page_size, **scoring.constants, BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
         num_warps=scoring.num_warps,
     )  # fmt: skip

@@ -34,18 +34,26 @@ def _load_keys(values_ptr, index, mask):
 
 
 @triton.jit
-def _count_three(keys, first, second, third):
+def _count_three(keys, first, second, third, TILE: tl.constexpr):
     """How many keys reach each of three ascending thresholds; at most 32767 keys."""
-    pair = tl.sum((keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16), axis=0)
-    return pair & 0xFFFF, pair >> 16, tl.sum((keys >= third).to(tl.int32), axis=0)
+    a = (keys >= first).to(tl.int32)
+    b = (keys >= second).to(tl.int32)
+    c = (keys >= third).to(tl.int32)
+    if TILE <= 512:
+        # the three counts in one sum, 10 bits each
+        total = tl.sum(a + (b << 10) + (c << 20), axis=0)
+        return total & 1023, (total >> 10) & 1023, total >> 20
+    else:
+        pair = tl.sum(a + (b << 16), axis=0)
+        return pair & 0xFFFF, pair >> 16, tl.sum(c, axis=0)
 
 
 @triton.jit
 def _search(keys, values_ptr, begin, end, low, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr):
-    """A threshold that `wanted` to `enough` keys reach, or, if ties forbid it, the largest that more do.
+    """Where to cut so that `wanted` to `enough` keys are taken, or, if ties forbid it, the key that must be shared.
 
-    Returns the threshold and how many keys exceed it. `keys` are the first `TILE` of `begin .. end - 1`; at least
-    `wanted` keys reach `low`.
+    Returns a key and how many keys exceed it: those are taken, and of the keys equal to it as many as are still
+    wanted. `keys` are the first `TILE` of `begin .. end - 1`; at least `wanted` keys reach `low`.
     """
     offs = tl.arange(0, TILE)
     top = tl.max(keys, axis=0)
@@ -57,29 +65,38 @@ def _search(keys, values_ptr, begin, end, low, wanted, enough, TILE: tl.constexp
             reach_low += tl.sum((more >= low).to(tl.int32), axis=0)
     low = low.to(tl.int64)
     high = top.to(tl.int64) + 1
+    reach_high = tl.full((), 0, tl.int32)
     while (reach_low > enough) & (high - low > 1):
         width = high - low
         third = tl.minimum(low + ((3 * width + 3) >> 2), high - 1)
         second = tl.minimum(low + ((2 * width + 3) >> 2), third)
         first = tl.minimum(low + ((width + 3) >> 2), second)
-        n1, n2, n3 = _count_three(keys, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32))
+        n1, n2, n3 = _count_three(keys, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), TILE)
         if not SINGLE:
             for tile in range(begin + TILE, end, TILE):
                 more = _load_keys(values_ptr, tile + offs, tile + offs < end)
-                m1, m2, m3 = _count_three(more, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32))
+                m1, m2, m3 = _count_three(more, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), TILE)
                 n1 += m1
                 n2 += m2
                 n3 += m3
-        high = tl.where(n3 >= wanted, high, tl.where(n2 >= wanted, third, tl.where(n1 >= wanted, second, first)))
-        low = tl.where(n3 >= wanted, third, tl.where(n2 >= wanted, second, tl.where(n1 >= wanted, first, low)))
-        reach_low = tl.where(n3 >= wanted, n3, tl.where(n2 >= wanted, n2, tl.where(n1 >= wanted, n1, reach_low)))
-    key = low.to(tl.int32)
-    above = tl.sum((keys > key).to(tl.int32), axis=0)
-    if not SINGLE:
-        for tile in range(begin + TILE, end, TILE):
-            more = _load_keys(values_ptr, tile + offs, tile + offs < end)
-            above += tl.sum((more > key).to(tl.int32), axis=0)
-    return key, above
+        if n3 >= wanted:
+            low = third
+            reach_low = n3
+        elif n2 >= wanted:
+            low = second
+            reach_low = n2
+            high = third
+            reach_high = n3
+        elif n1 >= wanted:
+            low = first
+            reach_low = n1
+            high = second
+            reach_high = n2
+        else:
+            high = first
+            reach_high = n1
+    tie = reach_low > enough
+    return tl.where(tie, low, low - 1).to(tl.int32), tl.where(tie, reach_high, reach_low)
 
 
 @triton.jit
@@ -218,8 +235,11 @@ class SelectPlan(NamedTuple):
 
 def plan_selection(num_pages: int, num_scored: int) -> SelectPlan:
     """Sizes for the best `num_scored` of `num_pages` pages; few, so that growing contexts do not recompile."""
-    groups = max(32, triton.next_power_of_2(num_scored + num_scored // 4))
-    group_size = max(2, min(16, 4096 // groups))
+    groups = max(16, triton.next_power_of_2(num_scored))
+    # as many peaks as pages to search after them
+    group_size = 2
+    while group_size < 16 and group_size * group_size * groups * 2 < num_pages:
+        group_size *= 2
     num_peaks = triton.cdiv(num_pages, group_size)
     tile = 512 if num_peaks <= 512 else 2048
     return SelectPlan(group_size, groups, tile, num_peaks <= tile)

@@ -128,7 +128,6 @@ def refresh_pages(
         keys = tl.load(where_k, mask=seen, other=0.0)
     keys = tl.where(seen, keys.to(tl.float32), 0.0)  # [NPG, P, 2, BC]
     count = tl.sum(valid.to(tl.float32), axis=1)  # [NPG]
-    weight = tl.where(count > 0, 1.0 / tl.maximum(count, 1.0), 0.0)
     total = tl.zeros_like(count)
     if FORM == MINMAX:
         first = tl.max(tl.where(seen, keys, float("-inf")), axis=1)
@@ -136,9 +135,11 @@ def refresh_pages(
         first = tl.where(first == float("-inf"), 0.0, first)
         second = tl.where(second == float("inf"), 0.0, second)
     else:
-        first = tl.sum(keys, axis=1) * weight[:, None, None]
+        # divided, not multiplied by a reciprocal: the same numbers as the reference
+        divisor = tl.broadcast_to(tl.maximum(count, 1.0)[:, None, None], (NPG, 2, BC))
+        first = tl.div_rn(tl.sum(keys, axis=1), divisor)
         deviation = tl.where(seen, keys - first[:, None, :, :], 0.0)
-        variance = tl.sum(deviation * deviation, axis=1) * weight[:, None, None]
+        variance = tl.div_rn(tl.sum(deviation * deviation, axis=1), divisor)
         second = tl.sqrt(variance)
         if FORM == SCALAR:
             total = tl.sqrt(tl.sum(tl.sum(variance, axis=2), axis=1))

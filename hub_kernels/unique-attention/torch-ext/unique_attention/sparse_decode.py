@@ -181,12 +181,13 @@ def _sparse_decode_fwd_kernel(
 
 
 class Launch(NamedTuple):
-    """Tile, pipeline depth, warps and programs per row of a decode call."""
+    """Tile, pipeline depth, warps, programs per row and register limit (0: none) of a decode call."""
 
     block_t: int
     stages: int
     num_warps: int
     splits: int
+    max_registers: int = 0
 
 
 def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launch:
