@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configure import configure, text_config
+from .hub import card_for_trainer
 from .probe import measure
 from .schedule import SoftMaskSchedule, softmax_scale_of
 
@@ -22,7 +23,8 @@ class SoftMaskCallback(TrainerCallback):
     """Trains through the soft mask by a schedule and shows sparsity being learnt in the trainer's logs.
 
     Before every step the settings of that step go to the model with [`configure`], after it the user's own come back,
-    so evaluations and checkpoints in between see those. Add it with `trainer.add_callback(SoftMaskCallback(trainer))`.
+    so evaluations and checkpoints in between see those; the trainer's cards tell them too. Add it with
+    `trainer.add_callback(SoftMaskCallback(trainer))`.
 
     Args:
         trainer (`Trainer`): The trainer, also TRL's; the callback logs through it.
@@ -53,6 +55,7 @@ class SoftMaskCallback(TrainerCallback):
         self.probe = probe
         self.probe_every = probe_every
         self.soft_steps, self.steps = 0, 0
+        card_for_trainer(trainer)
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         """Reads the user's settings; measures the model as it comes."""
