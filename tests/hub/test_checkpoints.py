@@ -162,8 +162,9 @@ except OSError as error:
 @pytest.mark.parametrize(("method", "part", "times"), [("POST", "/commit/", 9), ("PUT", "/lfs/", 99)])
 def test_network_cut_in_mid_upload_publishes_nothing_and_resumes(hub, tmp_path, method, part, times):
     name = f"acme/cut-{method.lower()}"
-    model = make_model()  # with other weights, or the Hub would have the files from another test
-    torch.nn.init.normal_(model.lm_head.weight)
+    model = make_model()  # with weights of its own, or the Hub would have the files from another test
+    torch.nn.init.constant_(model.lm_head.weight, times)
+    torch.nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, times)
     where = unique_hf.save_checkpoint(model, tmp_path / "model", max_shard_size="200KB")
     impatient = "import time\ntime.sleep = lambda seconds: None\n"
     env = hub.environment(tmp_path / "home")
@@ -177,7 +178,8 @@ def test_network_cut_in_mid_upload_publishes_nothing_and_resumes(hub, tmp_path, 
     arrived = {path.removeprefix("/lfs/") for kind, path in hub.requests[start:] if kind == "PUT"}
     arrived &= set(hub.lfs_objects)
     again = len(hub.requests)
-    assert run_python(push(where, name), env=env)[0].startswith(hub.url)
+    answer = run_python(push(where, name), env=env)
+    assert answer[0].startswith(hub.url), " ".join(answer)
     sent = {path.removeprefix("/lfs/") for kind, path in hub.requests[again:] if kind == "PUT"}
     assert not sent & arrived and bool(arrived) == (method == "POST")
     tree = repo.commits[repo.branches["main"]]
