@@ -213,8 +213,9 @@ def unique_decode(
     )
     lengths = {"seq_lens": seq_lens, "seq_starts": seq_starts}
     stored = {"page_size": page_size, "page_table": page_table}
-    # the tile of the appended page must not cost the score programs their registers
-    together = not scoring.per_head and page_size * scoring.constants["BD"] <= 1024 * scoring.num_warps
+    # the tile of the appended page costs registers: worth a launch less where few rows leave the device idle anyway
+    few = batch * num_kv_heads <= target.num_sms and page_size * scoring.constants["BD"] <= 2048
+    together = few and not scoring.per_head
     if new is not None and not together:
         named = {"score": config.score, "stats_dtype": config.stats_dtype, "token_mask": token_mask}
         append_tokens(k, v, stats, *new, **lengths, **stored, **named)
