@@ -47,6 +47,7 @@ class DecodeStep:
         with torch.inference_mode(False):
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
             self.seq_starts = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.counters = torch.zeros(0, dtype=torch.int32, device=device)
         self.inputs: dict[str, torch.Tensor] = {}
         self.constants: dict[str, Any] = {}
         self.layout: tuple[Any, ...] | None = None
@@ -94,11 +95,19 @@ class DecodeStep:
         else:
             self.seq_starts.copy_(starts)
         for layer in cache.layers:
-            layer.enter_fixed(self.seq_lens, capacity)
+            layer.enter_fixed(self.seq_lens, capacity, self._scratch(layer))
             layer.index.seq_starts = self.seq_starts
         self.state = state
         self.bound = (state, tuple(_place(tensor) for layer in cache.layers for tensor in _tensors(layer)))
         return min(layer.buffers()[0].shape[2] for layer in cache.layers)
+
+    def _scratch(self, layer: Any) -> torch.Tensor:
+        rows = layer.keys.shape[0] * layer.keys.shape[1]
+        if self.counters.numel() < rows:
+            self.drop_graph()
+            with torch.inference_mode(False):
+                self.counters = self.seq_lens.new_zeros(rows)
+        return self.counters
 
     def release(self, length: int) -> None:
         """Return the cache to the growing form, `length` tokens long; the graph is kept.

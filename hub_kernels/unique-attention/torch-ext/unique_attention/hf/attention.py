@@ -176,6 +176,8 @@ def _decode(module, mode: Mode, query, key, value, facts, layer, call) -> torch.
     measure = counts is not None and settings.measure_recall
     with torch.no_grad():
         stats, where = _refresh(key.detach(), 1, facts, layer)
+        if fixed:
+            where.update(new=layer.take_pending(), counters=layer.counters)
         found = ops.unique_decode(
             query.detach(),
             key.detach(),

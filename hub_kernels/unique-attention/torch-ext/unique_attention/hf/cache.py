@@ -48,6 +48,8 @@ class UniqueDynamicLayer(DynamicLayer):
         super().__init__(**kwargs)
         self.index = PageIndex()
         self.fixed_lens: torch.Tensor | None = None
+        self.counters: torch.Tensor | None = None
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         # pairs of keys and values, or `None`: memory with spare room, and the views of it last shown as keys, values
         self._buffers: Any = None
         self._views: Any = None
@@ -167,7 +169,7 @@ class UniqueDynamicLayer(DynamicLayer):
         self.index.wake(settings)
         self.index.move_to(ops.PageStats(*stats))
 
-    def enter_fixed(self, seq_lens: torch.Tensor, capacity: int) -> None:
+    def enter_fixed(self, seq_lens: torch.Tensor, capacity: int, counters: torch.Tensor | None = None) -> None:
         """Freeze shapes and addresses for a captured decode step.
 
         From here `update` writes to slots `seq_lens - T .. seq_lens - 1`, returns the whole buffers, and no length is
@@ -177,6 +179,8 @@ class UniqueDynamicLayer(DynamicLayer):
             seq_lens (`torch.Tensor`): `[B]`, device; slots in use, the tokens of the coming step included. Owned and
                 advanced by the caller, shared by all layers.
             capacity (`int`): Slots to provide.
+            counters (`torch.Tensor`, *optional*): `[B * HK]` int32 zeros, scratch of `unique_decode`; with them the
+                new token is not written by `update` but handed to the decode op, which writes it on the way.
         Raises:
             ValueError: The layer is asleep, empty, or longer than `capacity`.
         """
@@ -193,7 +197,7 @@ class UniqueDynamicLayer(DynamicLayer):
         if not self._owns_buffers() or self._buffers[0].shape[2] < capacity:
             self._reserve(self.keys, self.values, capacity)
         index.reserve(self._buffers[0].shape[2] // page_size)
-        self.fixed_lens = seq_lens
+        self.fixed_lens, self.counters = seq_lens, counters
 
     def leave_fixed(self, length: int) -> None:
         """Return to the growing form.
@@ -201,12 +205,15 @@ class UniqueDynamicLayer(DynamicLayer):
         Args:
             length (`int`): Tokens in the cache now, as counted by the runner.
         """
-        self.fixed_lens = None
+        self.fixed_lens = self.counters = self._pending = None
         self._show(length)
         self.index.covered = length
 
     def _update_fixed(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self._buffers
+        if self.counters is not None:
+            self._pending = (key_states, value_states)
+            return tag(keys, self), tag(values, self)
         index, settings = self.index, self.index.settings
         ops.append_tokens(
             keys,
@@ -221,6 +228,11 @@ class UniqueDynamicLayer(DynamicLayer):
             seq_starts=index.seq_starts,
         )
         return tag(keys, self), tag(values, self)
+
+    def take_pending(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The token of the last update in fixed mode, once, where the decode op is to write it."""
+        pending, self._pending = self._pending, None
+        return pending
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that the mask must cover; in fixed mode the capacity."""
