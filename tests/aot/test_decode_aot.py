@@ -1,0 +1,77 @@
+"""The decode chain compiles for devices that are not here, within the register and shared-memory budget."""
+
+import importlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from tests.aot.launches import TARGETS, launch_and_compile
+from unique_attention import ops
+from unique_attention.settings import UniqueConfig
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, so not interpreted")
+MODULES = [
+    importlib.import_module(f"unique_attention.{name}")
+    for name in ("page_stats", "page_score", "page_select", "sparse_decode", "unique_decode")
+]
+# page size, storage, score, head dim, batch, context: many rows and few, every storage, an odd head dim
+CASES = [
+    (4, "int4", "scalar", 128, 80, 32768),
+    (8, "bf16", "scalar", 128, 80, 32768),
+    (16, "int8", "scalar", 128, 1, 131072),
+    (4, "fp8", "scalar", 128, 1, 16384),
+    (4, "fp32", "minmax", 256, 16, 8192),
+    (8, "int4", "absolute", 80, 2, 8192),
+]
+
+
+def step(page_size, stats_dtype, score, dim, batch, context):
+    """Statistics of a prefill, then one decode step, on meta tensors."""
+    k, v = (torch.empty(batch, 8, context, dim, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    q = torch.empty(batch, 32, 1, dim, dtype=torch.bfloat16, device="meta")
+    lens = torch.empty(batch, dtype=torch.int32, device="meta")
+    new = tuple(torch.empty(batch, 8, 1, dim, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    config = UniqueConfig(page_size=page_size, budget=512, stats_dtype=stats_dtype, score=score)
+    names = {"page_size": page_size, "score": score, "stats_dtype": stats_dtype}
+    stats = ops.empty_stats((batch, 8, context // page_size), dim, score=score, stats_dtype=stats_dtype, device="meta")
+    ops.page_stats(k, **names, seq_lens=lens, out=stats, impl="triton")
+    ops.unique_decode(q, k, v, stats, config=config, seq_lens=lens, new=new, impl="triton")
+
+
+def registers_and_stack(kernel, tmp_path):
+    """What ptxas gave a kernel, read from its binary."""
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
+
+
+# a compilation takes seconds: every target for the first cases, the rest of the table in the slow lane
+TABLE = [
+    pytest.param(
+        case, target, id=f"{'-'.join(map(str, case))}-{target}",
+        marks=() if case in CASES[:3] or target == "cuda:90" else pytest.mark.slow,
+    )
+    for case in CASES
+    for target in TARGETS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "target"), TABLE)
+def test_decode_chain_compiles_within_its_budget(case, target, tmp_path):
+    names = set()
+    for kernel in launch_and_compile(lambda: step(*case), MODULES, target):
+        names.add(kernel.metadata.name)
+        # of 227 KiB a multiprocessor of sm_90 offers, so that two programs fit
+        assert kernel.metadata.shared <= 113 * 1024, f"{kernel.metadata.name}: {kernel.metadata.shared} bytes"
+        if target == "cuda:90":
+            registers, stack = registers_and_stack(kernel, tmp_path)
+            assert stack == 0, f"{kernel.metadata.name} spills: {registers} registers, {stack} bytes of stack"
+    assert {"_page_stats_fwd_kernel", "_unique_score_fwd_kernel", "_unique_decode_fwd_kernel"} <= names
