@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 BLOCK_BYTES = 32 << 20
+# from 10 MiB on torch asks the device for a segment per block
+LEAST_BYTES = 12 << 20
 ALIGN_BYTES = 512
 # a filled cache is moved into blocks only where they take at most one part in FREE_SHARE of the free memory
 FREE_SHARE = 2
@@ -67,6 +69,7 @@ class Arena:
                 self._sizes.append(0)
             self._places.append((len(self._sizes) - 1, self._sizes[-1]))
             self._sizes[-1] += sum(spec.bytes for spec in specs if spec is not None)
+        self._sizes = [max(size, LEAST_BYTES) for size in self._sizes]
         self._addresses: list[int] = []
 
     @property
