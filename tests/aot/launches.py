@@ -13,7 +13,6 @@ from triton.compiler import ASTSource
 from unique_attention import _common
 from unique_attention._common import Target
 
-
 TARGETS = {
     "cuda:80": (GPUTarget("cuda", 80, 32), Target("cuda", 80, 108)),
     "cuda:90": (GPUTarget("cuda", 90, 32), Target("cuda", 90, 132)),
@@ -63,7 +62,7 @@ def compile_launch(launch, target: GPUTarget):
     kernel, _, args, kwargs = launch
     bound = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in OPTIONS}
     signature, constants, attrs = {}, {}, {}
-    unspecialised = set(kernel.params[i].name for i in range(len(kernel.params)) if kernel.params[i].do_not_specialize)
+    unspecialised = {kernel.params[i].name for i in range(len(kernel.params)) if kernel.params[i].do_not_specialize}
     for index, name in enumerate(kernel.arg_names):
         value = bound[name]
         param = kernel.params[index]

@@ -7,7 +7,10 @@ from tests.kernels.cases import DECODES, DEVICE, SCORES, STATS, Case
 from tests.numerics import assert_close_to_oracle, assert_same_pages, tolerance
 from unique_attention import ops, reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
+if DEVICE == "cuda":
+    # not interpreted: the same tests, on a device
+    pytestmark.append(pytest.mark.gpu)
 LENGTHS = ("seq_lens", "seq_starts", "token_mask", "page_table")
 
 
