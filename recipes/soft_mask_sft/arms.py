@@ -243,7 +243,9 @@ def environment():
         "devices": torch.cuda.device_count() if cuda else 1,
         "python": sys.version.split()[0],
         "versions": {
-            name: found.version for found in importlib.metadata.distributions() if (name := found.metadata["Name"]) in names
+            name: found.version
+            for found in importlib.metadata.distributions()
+            if (name := found.metadata["Name"]) in names
         },
     }
 

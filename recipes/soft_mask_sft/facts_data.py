@@ -1,6 +1,6 @@
 """Training data for the recipe without a download: facts hidden in text, then questions with their answers, as JSONL.
 
-    python -m recipes.soft_mask_sft.facts_data --out build/facts.jsonl --rows 512 --tokens 4096
+python -m recipes.soft_mask_sft.facts_data --out build/facts.jsonl --rows 512 --tokens 4096
 """
 
 import argparse

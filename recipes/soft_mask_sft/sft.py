@@ -110,6 +110,7 @@ def main() -> None:
     trainer.add_callback(unique_hf.SoftMaskCallback(trainer, schedule, probe=probe, probe_every=mask.probe_every))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.create_model_card(dataset_name=script.dataset_name)
     print(unique_hf.report(trainer.model))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

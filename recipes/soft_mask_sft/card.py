@@ -1,0 +1,100 @@
+"""Renders the card of a checkpoint of the arms; every number comes from the results file.
+
+python -m recipes.soft_mask_sft.card --facts model_cards/pocket-lm-unique.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from unique_hf.hub import render_card
+
+ROOT = Path(__file__).parents[2]
+
+
+def facts_of(results, task):
+    """Tables of one arm for [`unique_hf.hub.render_card`].
+
+    Args:
+        results (`dict`): `arms.json`.
+        task (`str`): Name of the arm.
+    Returns:
+        `dict`: `tables`.
+    Raises:
+        ValueError: the results do not hold the arm.
+    """
+    records = results["records"]
+    own = next((record for record in records if record["task"] == task), None)
+    if own is None:
+        raise ValueError(f"expected an arm of {sorted({r['task'] for r in records})}, got {task!r}")
+    same = [r for r in records if (r["page_size"], r["score"]) == (own["page_size"], own["score"])]
+    arms = {"before": _find(same, "start", None), "dense control": _find(same, "dense", own["seed"]),
+            "hard top-k": _find(same, "hard", own["seed"]), "this model": own}  # fmt: skip
+    arms = {name: record for name, record in arms.items() if record is not None}
+    return {"tables": [_accuracy(own, arms), _training(results, own)]}
+
+
+def _find(records, arm, seed):
+    return next((r for r in records if r["arm"] == arm and seed in (None, r["seed"])), None)
+
+
+def _cell(record, length, budget):
+    return next(c for c in record["cells"] if (c["length"], c["budget"]) == (length, budget))
+
+
+def _accuracy(own, arms):
+    rows = []
+    for cell in own["cells"]:
+        length, budget = cell["length"], cell["budget"]
+        kept = "all (dense)" if budget is None else f"{budget} ({100 * budget / length:.1f} %)"
+        found = [f"{100 * _cell(record, length, budget)['accuracy']:.1f}" for record in arms.values()]
+        rows.append([length, kept, "yes" if cell["trained"] else "no", cell["questions"], *found])
+    return {
+        "title": "Accuracy",
+        "columns": ["context", "tokens kept", "trained at", "questions", *arms],
+        "rows": rows,
+        "note": f"Percent of exact answers, page size {own['page_size']}, score {own['score']}, questions read token "
+        "by token by the sparse decoder, facts and text that training never saw, same questions in every column. All "
+        "columns but the first were trained on the same data in the same order from the same start.",
+    }
+
+
+def _training(results, own):
+    training, plan, environment = own["training"], results["plan"], results["environment"]
+    schedule = training["schedule"]
+    first, last = schedule["temperature"]
+    lengths = ", ".join(str(length) for length in sorted(map(int, plan["lengths"])))
+    rows = [
+        ["steps, tokens a step", f"{plan['steps']}, {plan['tokens']}"],
+        ["row lengths", lengths],
+        ["tokens kept", f"{plan['budgets'][0]} to {plan['budgets'][1]}, drawn per step"],
+        ["dense steps", f"{100 * schedule['dense_share']:.0f} %"],
+        ["temperature", f"{first:g} to {last:g} logits"],
+        ["share of the base model's learning rates", f"{plan['rate']:g}"],
+        ["seconds", f"{training['seconds']:g}"],
+        ["device", environment["device"]],
+        ["versions", ", ".join(f"{name} {version}" for name, version in sorted(environment["versions"].items()))],
+        ["revision, seed", f"{results['revision']}, {own['seed']}"],
+    ]
+    return {"title": "Training", "columns": ["", "value"], "rows": rows}
+
+
+def main():
+    """Writes README.md into the checkpoint's folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--facts", type=Path, required=True)
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder that the paths in the facts start from")
+    args = parser.parse_args()
+    facts = json.loads(args.facts.read_text())
+    results = json.loads((args.root / facts.pop("results")).read_text())
+    location = facts.pop("location")
+    facts |= facts_of(results, facts.pop("task"))
+    render_card(AutoConfig.from_pretrained(args.root / location), location, facts).save(
+        args.root / location / "README.md"
+    )
+
+
+if __name__ == "__main__":
+    main()

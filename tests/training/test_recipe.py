@@ -1,0 +1,185 @@
+"""The soft-mask recipe: arms of the pocket model, and the SFT script with its configurations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import unique_hf
+from tests.processes import ROOT, run_python
+from unique_hf.schedule import SoftMaskSchedule
+
+pytest.importorskip("trl")
+
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from recipes.pocket_lm.evaluate import answer_questions
+from recipes.soft_mask_sft import arms, card, pocket_quality, pocket_training, sft
+from tests.training.tiny import make_model, make_tokenizer
+
+PLAN = pocket_training.Plan(steps=4, tokens=256, lengths={128: 0.5, 64: 0.5}, budgets=(16, 24), rate=1.0, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    return pocket_training.build_batches(PLAN, 0, tmp_path_factory.mktemp("state"), 1 << 19, 1)
+
+
+@pytest.mark.parametrize("settings", [None, {"page_size": 4, "budget": 64}])
+def test_lockstep_gives_the_answers_of_one_question_at_a_time(settings):
+    model = make_model(attention="sdpa" if settings is None else "unique").eval()
+    if settings:
+        unique_hf.configure(model, **settings)
+    [(ids, haystack)] = pocket_quality.haystacks(make_tokenizer(), 384, 1, 3, seed=5)
+    assert len(ids) == 384 and len({len(q) for q in haystack.question_ids}) > 1
+    cache = pocket_quality._prefilled(model, [ids])
+    cache.batch_repeat_interleave(3)
+    found = pocket_quality.decode_in_lockstep(model, cache, haystack.question_ids)
+    haystack.input_ids[:] = ids
+    assert found == answer_questions(model, haystack, feed="decode")
+    assert bool(settings) == bool(unique_hf.report(model).sparse_rows)
+
+
+def test_cells_that_would_run_dense_are_an_error():
+    model, tokenizer = make_model(), make_tokenizer()
+    arguments = {"sizes": {384: (2, 3)}, "settings": {"page_size": 4}, "rows_at_once": {384: 6}}
+    cells = [pocket_quality.Cell(384, None), pocket_quality.Cell(384, 32, trained=False)]
+    dense, sparse = pocket_quality.evaluate(model, tokenizer, cells, **arguments)
+    assert (dense["questions"], dense["pages_read"], sparse["trained"]) == (6, 1.0, False)
+    assert 0.05 < sparse["pages_read"] < 0.1 and model.config._attn_implementation == "unique"
+    with pytest.raises(RuntimeError, match="expected only sparse rows at length 384 and budget 1024"):
+        pocket_quality.evaluate(model, tokenizer, [pocket_quality.Cell(384, 1024)], **arguments)
+
+
+def test_paired_tests_on_known_numbers():
+    # 1 against 8 discordant pairs: 2 (1 + 9) / 2^9
+    first, second = "1" * 12 + "1" + "0" * 8, "1" * 12 + "0" + "1" * 8
+    found = pocket_quality.mcnemar(first, second)
+    assert (found["only_first"], found["only_second"]) == (1, 8) and found["p"] == pytest.approx(20 / 512)
+    assert pocket_quality.mcnemar("1010", "1010")["p"] == 1.0
+    low, high = pocket_quality.bootstrap("11111000" * 4, "11110000" * 4, groups=4)
+    assert low == high == pytest.approx(0.125)
+    low, high = pocket_quality.bootstrap("1111" + "0000", "0000" + "1111", groups=2)
+    assert (low, high) == (-1.0, 1.0)
+    with pytest.raises(ValueError, match="equal length"):
+        pocket_quality.mcnemar("11", "1")
+
+
+def test_batches_depend_on_the_seed_alone(batches, tmp_path):
+    again = np.load(pocket_training.build_batches(PLAN, 0, tmp_path, 1 << 19, 2))
+    other = np.load(pocket_training.build_batches(PLAN, 1, tmp_path, 1 << 19, 1))
+    first = np.load(batches)
+    for step in range(PLAN.steps):
+        assert np.array_equal(first[f"ids{step}"], again[f"ids{step}"])
+        assert first[f"ids{step}"].shape[1] - 1 in PLAN.lengths
+    assert any(
+        first[f"ids{s}"].shape != other[f"ids{s}"].shape or not np.array_equal(first[f"ids{s}"], other[f"ids{s}"])
+        for s in range(PLAN.steps)
+    )
+
+
+@pytest.mark.parametrize(("arm", "soft"), [("dense", False), ("hard", True), ("soft", True)])
+def test_arms_train_as_they_are_called(arm, soft, batches):
+    model = make_model()
+    before, settings = model.model.layers[0].self_attn.q_proj.weight.clone(), unique_hf.configure(model)
+    task = arms.Task(arm, 0, ())
+    schedule = arms.schedule_of(task, PLAN, (1.0, 0.2), dense_share=0.5)
+    found = pocket_training.train(model, PLAN, schedule, batches)
+    assert bool(found["soft_rows"]) == soft and not torch.equal(before, model.model.layers[0].self_attn.q_proj.weight)
+    assert unique_hf.configure(model) == settings and not model.training
+    expected = 1e-4 if arm == "hard" else 1.0
+    assert found["curve"][0]["temperature"] == pytest.approx(expected)
+
+
+def test_numbers_that_are_not_finite_stop_an_arm(batches):
+    model = make_model()
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0: loss nan"):
+        pocket_training.train(model, PLAN, SoftMaskSchedule(), batches)
+
+
+def test_every_task_has_a_name_of_its_own_and_two_seeds():
+    names = [task.name for task in arms.tasks()]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert name == "start-s0" or name[:-1] + "01"[name[-1] == "0"] in names
+
+
+def test_smoke_arms_run_resume_and_ship(tmp_path):
+    model = make_model(attention="sdpa")
+    model.config.max_position_embeddings = 2048
+    model.config.unique_attention = {}
+    model.save_pretrained(tmp_path / "start")
+    make_tokenizer().save_pretrained(tmp_path / "start")
+    out, state = tmp_path / "out", tmp_path / "state"
+    code = f"""
+import sys
+from recipes.soft_mask_sft import arms
+common = ["arms", "--preset", "smoke", "--steps", "2", "--model", {str(tmp_path / "start")!r}, "--out", {str(out)!r},
+          "--state", {str(state)!r}, "--ship", "soft-p16-s0", "--arms", "soft-p16-s0"]
+sys.argv = common
+arms.main()
+sys.argv = [*common, "dense-s0", "--resume", {str(out / "arms.json")!r}]
+arms.main()"""
+    shown = " ".join(run_python(code))
+    assert "FAILED" not in shown
+    results = json.loads((out / "arms.json").read_text())
+    assert {r["task"] for r in results["records"]} == {"soft-p16-s0", "dense-s0"}
+    assert sum(r["task"] == "soft-p16-s0" for r in results["records"]) == 1, "resumed arms are not run again"
+    assert {(r["task"], r["against"]) for r in results["comparisons"]} == {("soft-p16-s0", "dense-s0")}
+    assert {p.name for p in (out / "soft-p16-s0").iterdir()} == {"meta.tar", "model.safetensors"}
+    tables = card.facts_of(results, "soft-p16-s0")["tables"]
+    assert tables[0]["columns"][-2:] == ["dense control", "this model"] and len(tables[0]["rows"]) == 3
+    assert "| context | tokens kept |" in str(unique_hf.hub.render_card(model.config, "a/b", {"tables": tables}))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_data_is_read_from_files_folders_and_in_every_form(tmp_path):
+    text = write(tmp_path / "a.jsonl", [{"text": "one", "id": 1}])
+    assert sft.read_dataset(ScriptArguments(dataset_name=str(text)))[:] == {"text": ["one"]}
+    write(tmp_path / "b.jsonl", [{"text": "two", "id": 2}])
+    assert sft.read_dataset(ScriptArguments(dataset_name=str(tmp_path)))["text"][:] == ["one", "two"]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    chat = write(tmp_path / "chat.jsonl", [{"messages": messages, "length": 2}])
+    assert sft.read_dataset(ScriptArguments(dataset_name=str(chat)))[0] == {"messages": messages}
+    (tmp_path / "plain.txt").write_text("one line\n")
+    with pytest.raises(ValueError, match="expected files of one format"):
+        sft.read_dataset(ScriptArguments(dataset_name=str(tmp_path)))
+    other = write(tmp_path / "c.jsonl", [{"body": "x"}])
+    with pytest.raises(ValueError, match=r"expected a column of text, .* got \['body'\]"):
+        sft.read_dataset(ScriptArguments(dataset_name=str(other)))
+
+
+@pytest.mark.parametrize("name", ["smoke", "h200", "h200x2", "qwen3_8b"])
+def test_configurations_are_understood(name):
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, sft.SoftMaskArguments))
+    path = ROOT / f"recipes/soft_mask_sft/{name}.yaml"
+    script, args, model, mask = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
+    base = unique_hf.UniqueConfig(page_size=mask.page_size, budget=mask.budget, score=mask.score)
+    assert base.num_kept * 4 <= args.max_length and model.model_name_or_path and script.dataset_name
+
+
+def test_smoke_configuration_trains_and_leaves_a_checkpoint_with_a_card(tmp_path):
+    make_model(attention="sdpa").save_pretrained(tmp_path / "start")
+    make_tokenizer().save_pretrained(tmp_path / "start")
+    code = f"""
+import json, sys
+from recipes.soft_mask_sft import facts_data, sft
+with open({str(tmp_path / "facts.jsonl")!r}, "w") as file:
+    for row in facts_data.rows(8, 384):
+        file.write(json.dumps(row) + "\\n")
+sys.argv = ["sft", "--config", {str(ROOT / "recipes/soft_mask_sft/smoke.yaml")!r}, "--model_name_or_path",
+            {str(tmp_path / "start")!r}, "--dataset_name", {str(tmp_path / "facts.jsonl")!r}, "--output_dir",
+            {str(tmp_path / "out")!r}, "--dense_share", "0.25"]
+sft.main()"""
+    shown = run_python(code)
+    assert "'unique/recall':" in shown and "'unique/loss_gap':" in shown
+    settings = json.loads((tmp_path / "out/config.json").read_text())["unique_attention"]
+    assert (settings["page_size"], settings["budget"], settings["soft_mask"]) == (8, 64, True)
+    assert "| `budget` | 64 |" in (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/model.safetensors").exists()
