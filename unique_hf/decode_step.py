@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from .arena import Arena
 from .backend import adapter
+from .fused import fused_norms
 from .graphs import RECORDERS
 
 # handled by the step itself: the cache is bound, padding has become `seq_starts`
@@ -144,17 +146,20 @@ class DecodeStep:
         if self.replay is None or self.captured_for != key:
             if self.warmed_for != key:
                 self.drop_graph()
-                with adapter().activity.probing() as log:
+                with adapter().activity.probing() as log, self._fused():
                     outputs = self.recorder.warm(self._forward)
                 self._check(log)
                 self.warmed_for = key
                 return self._dress(outputs)
             begin = time.perf_counter()
-            with adapter().activity.probing():
+            with adapter().activity.probing(), self._fused():
                 self.replay = self.recorder.capture(self._forward)
             self.captured_for = key
             self.captures, self.seconds = self.captures + 1, self.seconds + time.perf_counter() - begin
         return self._dress(self.replay())
+
+    def _fused(self) -> contextlib.AbstractContextManager[Any]:
+        return fused_norms(self._model) if self.recorder.fuses else contextlib.nullcontext()
 
     def _load(self, inputs: dict[str, Any]) -> None:
         tensors, constants = {}, {}

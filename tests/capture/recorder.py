@@ -55,6 +55,7 @@ class Replayed:
     """What `CudaGraph` does, without CUDA. `log` tells what happened, in order."""
 
     log = []
+    fuses = False
 
     def __init__(self, device):
         self.device = device
