@@ -73,6 +73,10 @@ def test_questions_of_different_lengths_are_answered_as_one_by_one(model, hay, c
         together = retrieval.ask(model, cache, questions).ids
         alone = [retrieval.ask(model, cache, [ids]).ids[0] for ids in questions]
         assert together == alone and all(together)
+    model.set_attn_implementation("sdpa")
+    chunked = retrieval.ask(model, cache, questions, chunk=True)
+    assert chunked.ids == retrieval.ask(model, cache, questions).ids
+    assert chunked.chunked == min(map(len, questions)) - 1
     assert cache.get_seq_length() == len(hay.input_ids) and cache.layers[0].keys.shape[0] == 1
 
 
@@ -95,13 +99,18 @@ def test_a_question_needs_a_token(model, cache):
 def test_recording_leaves_no_trace_and_changes_nothing(model, hay, cache):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     model.set_attn_implementation("sdpa")
     plain = retrieval.ask(model, cache, hay.question_ids).ids
     model.set_attn_implementation("unique")
     with pytest.raises(RuntimeError, match="stop"), recording.recorded(model) as seen:
         assert retrieval.ask(model, cache, hay.question_ids).ids == plain
+        steps = len(seen.queries[0])
+        # several tokens on a warm cache need a mask, and are no decode steps
+        chunked = retrieval.ask(model, cache, hay.question_ids, chunk=True)
+        assert chunked.ids == plain and len(seen.queries[0]) == 2 * steps - chunked.chunked
         raise RuntimeError("stop")
-    assert model.config._attn_implementation == "unique" and recording.NAME not in ALL_ATTENTION_FUNCTIONS
+    assert model.config._attn_implementation == "unique" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa
     assert sorted(seen.queries) == list(range(model.config.num_hidden_layers))
     query = seen.at(0, [0] * FACTS)
     assert query.shape == (FACTS, model.config.num_attention_heads, 1, model.config.head_dim)

@@ -1,8 +1,9 @@
 """Facts hidden in a long English text, asked for with dense attention and with unique attention, side by side.
 
 `python -m unique_hf.demo`, or on a text of your own: `python -m unique_hf.demo --text FILE --ask "What is ...?"`.
-The text is read once, exactly, and both ways answer from the same cache. Every question is fed token by token, so that
-with unique attention also its reading goes through the kept pages only.
+The text is read once, exactly, and both ways answer from the same cache. With unique attention every question is fed
+token by token, so that also its reading goes through the kept pages only; dense attention reads most of it at once,
+which gives it the same answers sooner.
 """
 
 from __future__ import annotations
@@ -151,12 +152,12 @@ def answer(model: Any, tokenizer: Any, cache: Any, task: Task, attention: str) -
     for start in range(0, len(task.questions), BATCH):
         ids = task.question_ids[start : start + BATCH]
         with recorded(model) if attention == "sdpa" else nullcontext() as recording:
-            found = ask(model, cache, ids, on_step=dot)
+            found = ask(model, cache, ids, chunk=attention == "sdpa", on_step=dot)
         texts += [tokenizer.decode(tokens).strip() for tokens in found.ids]
         # the first step copies the cache into a buffer with room to grow
         times += [seconds / len(ids) for seconds in found.step_seconds[1:]]
         if recording is not None:
-            recordings.append((recording, [len(question) - 1 for question in ids]))
+            recordings.append((recording, [len(question) - 1 - found.chunked for question in ids]))
     print(f" {time.perf_counter() - begin:.1f} s", flush=True)
     return Arm(texts, statistics.median(times)), recordings
 
@@ -214,7 +215,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     cache = prefill(model, task.input_ids, on_layer=dot)
     print(f" {time.perf_counter() - started:.1f} s", flush=True)
-    print("  answer  every question token by token, from a copy of the same cache; a dot is a step of all rows")
+    print(
+        "  answer  from copies of that cache, unique reading the questions token by token; a dot is a step of all rows"
+    )
     dense, recordings = answer(model, tokenizer, cache, task, "sdpa")
     report(model, reset=True)
     sparse, _ = answer(model, tokenizer, cache, task, "unique")

@@ -8,13 +8,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backend import kernel_module
-
-NAME = "unique_recorded_sdpa"
 
 
 class Recording:
@@ -40,28 +36,29 @@ def recorded(model: PreTrainedModel) -> Iterator[Recording]:
     """Run a model with sdpa and keep the queries of its decode steps.
 
     Args:
-        model (`PreTrainedModel`): Switched to a recording sdpa and, at the end, back to what it ran before.
+        model (`PreTrainedModel`): Switched to sdpa and, at the end, back to what it ran before. Blocks do not nest.
     Returns:
         `Recording`: Filled while the block runs.
     """
-    recording = Recording()
+    recording, own = Recording(), set(model.modules())
 
     def attention(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if query.shape[2] == 1:
+        if query.shape[2] == 1 and module in own:
             recording.queries.setdefault(module.layer_idx, []).append(query.detach())
             scaling = kwargs.get("scaling")
             recording.scaling[module.layer_idx] = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+        return sdpa(module, query, key, *args, **kwargs)
 
     before: Any = model.config.get_text_config()._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[NAME] = attention
-    ALL_MASK_ATTENTION_FUNCTIONS[NAME] = sdpa_mask
+    # under sdpa's own name: a name of our own would also need its masks, which Transformers looks up elsewhere
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
     try:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation("sdpa")
         yield recording
     finally:
         model.set_attn_implementation(before)
-        del ALL_ATTENTION_FUNCTIONS[NAME], ALL_MASK_ATTENTION_FUNCTIONS[NAME]
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def token_mass(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -21,10 +21,12 @@ class Answers:
     Args:
         ids (`list`): Token ids of each answer, without the end token.
         step_seconds (`list`): Wall time of each decode step of the whole batch.
+        chunked (`int`): Tokens of every question that were read at once, before the first of these steps.
     """
 
     ids: list[list[int]]
     step_seconds: list[float]
+    chunked: int
 
 
 @torch.no_grad()
@@ -62,6 +64,7 @@ def ask(
     cache: DynamicCache,
     questions: Sequence[Sequence[int]],
     max_new_tokens: int = ANSWER_TOKENS,
+    chunk: bool = False,
     on_step: Callable[[], Any] | None = None,
 ) -> Answers:
     """Feed every question token by token after the same context and decode the answers greedily.
@@ -75,6 +78,8 @@ def ask(
         cache (`DynamicCache`): The context, one row.
         questions (`Sequence`): Token ids of each question, at least one token.
         max_new_tokens (`int`, *optional*, defaults to 12): Longest answer.
+        chunk (`bool`, *optional*, defaults to `False`): Read what all questions have, up to the last token of the
+            shortest one, at once. That is exact attention in "unique" too, so it suits dense arms only.
         on_step (`Callable`, *optional*): Called after each step.
     Returns:
         `Answers`: As many as questions.
@@ -94,10 +99,14 @@ def ask(
     ends = _end_tokens(model)
     stops = torch.tensor(ends or [-1], device=model.device)
     done = torch.zeros(rows, dtype=torch.bool, device=model.device)
-    guesses, seconds = [], []
-    for step in range(longest - 1 + max_new_tokens):
+    chunked = min(sizes) - 1 if chunk else 0
+    if chunked:
+        model(fed[:, :chunked], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # nobody's answer starts before step `chunked`
+    guesses, seconds = [fed[:, 0]] * chunked, []
+    for step in range(chunked, longest - 1 + max_new_tokens):
         token = fed[:, step] if step < longest else guesses[-1]
-        if 0 < step < longest:
+        if guesses and step < longest:
             token = torch.where(token < 0, guesses[-1], token)
         begin = time.perf_counter()
         logits = model(token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -111,7 +120,7 @@ def ask(
             break
     table = torch.stack(guesses, dim=1).tolist()
     answers = [_until(row[size - 1 :][:max_new_tokens], ends) for row, size in zip(table, sizes)]
-    return Answers(answers, seconds)
+    return Answers(answers, seconds, chunked)
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:
