@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 import unique_hf
 from tests.capture.recorder import Replayed, recording_on_cpu
 from tests.integration.tiny import VOCAB, batch, greedy, make
+from unique_attention.hf import unique_attention_forward
 from unique_hf import arena, capture
 
 SPARSE = {"page_size": 4, "budget": 16}
@@ -74,6 +75,20 @@ def test_greedy_tokens_of_66_steps(padding):
     model, inputs = model_with(layers=2), batch(padding=padding)
     eager, found = both(lambda: greedy(model, inputs, tokens=67), model)
     assert found.tolist() == eager.tolist()
+
+
+def test_a_recorded_step_builds_no_mask(monkeypatch):
+    masks, original = [], unique_attention_forward.__globals__["decide"]
+
+    def decide(module, query, key, layer, attention_mask, kwargs):
+        if query.shape[2] == 1:
+            masks.append((torch.cuda.is_current_stream_capturing(), attention_mask is None))
+        return original(module, query, key, layer, attention_mask, kwargs)
+
+    monkeypatch.setitem(unique_attention_forward.__globals__, "decide", decide)
+    with recording_on_cpu():
+        greedy(model_with(), batch(), tokens=6)
+    assert masks == [(False, True)] + [(True, True)] * 4
 
 
 def test_counts_are_those_of_the_eager_path():

@@ -122,6 +122,9 @@ def unique_mask(
         # sdpa would ask the device whether anything is padded, once per step
         allow_is_causal_skip = False
     plain = mask_function is causal_mask_function and kv_offset == 0
+    if q_length == 1 and plain and attention_mask is None and allow_is_causal_skip and local_size is None:
+        # sdpa's own answer, except that it builds a mask over all slots while a CUDA graph is recorded
+        return None
     if plain and allow_is_causal_skip and _is_warm_chunk(q_length, kv_length, q_offset) and local_size is None:
         large = batch_size * q_length * kv_length >= MARK_FROM
         if large and (attention_mask is None or bool(attention_mask.all())):
