@@ -20,7 +20,7 @@ class SoftMaskSchedule:
     Equation: temperature(step) = first (last / first)^min(1, step / ((1 - hold) (num_steps - 1))).
 
     Args:
-        temperature (`tuple`, *optional*, defaults to `(1.0, 0.15)`): First and last width of the sigmoid of Eq. 6, in
+        temperature (`tuple`, *optional*, defaults to `(0.5, 0.04)`): First and last width of the sigmoid of Eq. 6, in
             units of attention logits (a page score of Eq. 2 times the softmax scale), whatever the head dim.
         hold (`float`, *optional*, defaults to 0.4): Share of the steps, at the end, that stay at the last temperature.
         budget (`tuple`, *optional*): Least and most tokens kept, drawn log-uniformly per step; `None` keeps the
@@ -31,7 +31,7 @@ class SoftMaskSchedule:
         ValueError: a value is out of range.
     """
 
-    temperature: tuple[float, float] = (1.0, 0.15)
+    temperature: tuple[float, float] = (0.5, 0.04)
     hold: float = 0.4
     budget: tuple[int, int] | None = None
     dense_share: float = 0.4
@@ -59,6 +59,16 @@ class SoftMaskSchedule:
         falling = max(1.0, (1 - self.hold) * (num_steps - 1))
         return first * (last / first) ** min(1.0, step / falling)
 
+    def is_dense(self, step: int) -> bool:
+        """Whether a step trains without the mask.
+
+        Args:
+            step (`int`): From 0.
+        Returns:
+            `bool`: True for `dense_share` of the steps; a larger share adds steps to those of a smaller.
+        """
+        return random.Random(f"dense/{self.seed}/{step}").random() < self.dense_share
+
     def settings(self, step: int, num_steps: int, base: Any, softmax_scale: float, most: int | None = None) -> Any:
         """The settings of one step.
 
@@ -71,10 +81,9 @@ class SoftMaskSchedule:
         Returns:
             `UniqueConfig`: `base` with `temperature`, `budget` and `soft_mask` of this step.
         """
-        draw = random.Random(f"{self.seed}/{step}")
-        dense, where = draw.random() < self.dense_share, draw.random()
         budget = base.budget
         if self.budget is not None:
+            where = random.Random(f"budget/{self.seed}/{step}").random()
             least, upper = self.budget
             upper = max(least, upper if most is None else min(upper, most))
             budget = round(math.exp(math.log(least) + where * math.log(upper / least)))
@@ -82,7 +91,7 @@ class SoftMaskSchedule:
         return base.replace(
             temperature=self.temperature_at(step, num_steps) / softmax_scale,
             budget=pages * base.page_size,
-            soft_mask=not dense,
+            soft_mask=not self.is_dense(step),
         )
 
 

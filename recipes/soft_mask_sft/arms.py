@@ -47,9 +47,16 @@ class Preset:
     recall_cell: tuple
 
 
-# 1.5, 3, 6 and 12 % of 16k; budgets and lengths outside (256..2048, 2k..16k) were not trained
+# 1.5, 3, 6 and 12 % of 16k; budgets and lengths outside (256..2048, 2k..16k) never meet the mask in training. Dense
+# steps go to 32k as the first training did, or the model would unlearn that length whatever the mask does
 H200 = Preset(
-    plan=Plan(steps=200, tokens=65536, lengths={16384: 0.35, 8192: 0.3, 4096: 0.2, 2048: 0.15}, budgets=(256, 2048)),
+    plan=Plan(
+        steps=200,
+        tokens=65536,
+        lengths={16384: 0.35, 8192: 0.3, 4096: 0.2, 2048: 0.15},
+        dense_lengths={32768: 0.5, 16384: 0.25, 8192: 0.1, 4096: 0.1, 1024: 0.05},
+        budgets=(256, 2048),
+    ),
     text_bytes=16 << 20,
     workers=14,
     cells=(
@@ -63,7 +70,7 @@ H200 = Preset(
     recall_cell=(16384, 512),
 )
 SMOKE = Preset(
-    plan=Plan(steps=3, tokens=512, lengths={256: 0.5, 128: 0.5}, budgets=(64, 96), warmup=1),
+    plan=Plan(steps=3, tokens=512, lengths={256: 0.5, 128: 0.5}, dense_lengths={256: 1.0}, budgets=(64, 96), warmup=1),
     text_bytes=1 << 20,
     workers=1,
     cells=(Cell(512, None), Cell(512, 96), Cell(768, 96, trained=False)),
@@ -121,9 +128,9 @@ def tasks():
     return order
 
 
-def schedule_of(task, plan, temperature, dense_share):
+def schedule_of(task, plan, temperature):
     """The mask of each step of an arm; the hard arm has the dense steps and budgets of the soft one."""
-    share = {"dense": 1.0, "hard": dense_share, "soft": dense_share}[task.arm]
+    share = {"dense": 1.0, "hard": plan.dense_share, "soft": plan.dense_share}[task.arm]
     width = HARD if task.arm == "hard" else temperature
     return SoftMaskSchedule(temperature=width, budget=plan.budgets, dense_share=share, seed=task.seed)
 
@@ -168,7 +175,7 @@ def run_task(task, preset, options):
     unique_hf.configure(model, **settings)
     training = None
     if task.arm != "start":
-        schedule = schedule_of(task, preset.plan, options["temperature"], options["dense_share"])
+        schedule = schedule_of(task, preset.plan, options["temperature"])
         training = train(model, preset.plan, schedule, options["batches"][task.seed])
         training["schedule"] = asdict(schedule)
     if _DEVICE[0].type == "cuda":
@@ -250,6 +257,18 @@ def environment():
     }
 
 
+def earlier(file, preset, temperature):
+    """Records of an earlier call, which must have trained by the same plan."""
+    found = json.loads(file.read_text())
+    plan = json.loads(json.dumps(asdict(preset.plan)))
+    if found["plan"] != plan or found["temperature"] != list(temperature):
+        raise ValueError(
+            f"expected results of the same plan to resume, {file} has {found['plan']} at {found['temperature']}, not "
+            f"{plan} at {list(temperature)}: leave --resume out, or give the options of that call"
+        )
+    return found["records"]
+
+
 def write(out, preset, records, options):
     """Writes everything so far to `OUT/arms.json`."""
     results = {
@@ -257,7 +276,6 @@ def write(out, preset, records, options):
         "revision": options["revision"],
         "plan": asdict(preset.plan),
         "temperature": options["temperature"],
-        "dense_share": options["dense_share"],
         "records": records,
         "comparisons": compare(records, preset.sizes),
     }
@@ -297,8 +315,8 @@ def parse_args():
     parser.add_argument("--ship", nargs="*", default=["soft-p16-s0", "soft-p8-s0"], help="checkpoints to copy to OUT")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--rate", type=float, help="share of the learning rates of the first training")
-    parser.add_argument("--temperature", type=float, nargs=2, default=(1.0, 0.15), help="first and last, in logits")
-    parser.add_argument("--dense-share", type=float, default=0.4, help="share of dense steps")
+    parser.add_argument("--temperature", type=float, nargs=2, default=(0.5, 0.04), help="first and last, in logits")
+    parser.add_argument("--dense-share", type=float, help="share of dense steps")
     parser.add_argument("--revision", default="unknown", help="git revision to note in the results")
     return parser.parse_args()
 
@@ -307,12 +325,12 @@ def main():
     """Builds batches, runs the arms on all devices, writes results after each."""
     began, args = time.time(), parse_args()
     preset = PRESETS[args.preset]
-    changes = {name: value for name in ("steps", "rate") if (value := getattr(args, name)) is not None}
+    changes = {name: value for name in ("steps", "rate", "dense_share") if (value := getattr(args, name)) is not None}
     preset = replace(preset, plan=replace(preset.plan, **changes))
     wanted = tasks()
     if unknown := set(args.arms or ()) - {task.name for task in wanted}:
         raise ValueError(f"unknown arms {sorted(unknown)}; there are {', '.join(task.name for task in wanted)}")
-    records = json.loads(args.resume.read_text())["records"] if args.resume else []
+    records = earlier(args.resume, preset, args.temperature) if args.resume else []
     done = {record["task"] for record in records}
     wanted = [task for task in wanted if task.name not in done and (not args.arms or task.name in args.arms)]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -321,7 +339,7 @@ def main():
     batches = {seed: build_batches(preset.plan, seed, args.state, preset.text_bytes, preset.workers) for seed in seeds}
     options = {
         "model": args.model, "state": args.state, "batches": batches, "temperature": tuple(args.temperature),
-        "dense_share": args.dense_share, "estimate": args.estimate, "deadline": began + 60 * args.minutes,
+        "estimate": args.estimate, "deadline": began + 60 * args.minutes,
         "environment": environment(), "revision": args.revision,
     }  # fmt: skip
     print(f"{len(wanted)} arms, batches of {len(seeds)} seeds after {time.time() - began:.0f} s", flush=True)

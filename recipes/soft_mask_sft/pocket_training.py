@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -26,20 +27,23 @@ _BATCHES = []
 
 @dataclass(frozen=True)
 class Plan:
-    """How an arm trains; `lengths` maps row length to the share of steps."""
+    """How an arm trains; `lengths` and `dense_lengths` map row length to the share of masked and of dense steps."""
 
     steps: int
     tokens: int
     lengths: dict
+    dense_lengths: dict
     budgets: tuple  # least and most tokens kept
+    dense_share: float = 0.4
     rate: float = 0.1  # share of the rates of the first training
     warmup: int = 10
 
 
 def spec_of(plan, seed, step):
-    """What the batch of a step is made of."""
-    draw = random.Random(f"lengths/{seed}/{step}")
-    [length] = draw.choices(list(plan.lengths), list(plan.lengths.values()))
+    """What the batch of a step is made of; the same for all arms, also for those that train this step otherwise."""
+    dense = SoftMaskSchedule(dense_share=plan.dense_share, seed=seed).is_dense(step)
+    lengths = plan.dense_lengths if dense else plan.lengths
+    [length] = random.Random(f"lengths/{seed}/{step}").choices(list(lengths), list(lengths.values()))
     return Spec(length=length, rows=max(1, plan.tokens // length), mix=ROW_KINDS, alphabet=4095)
 
 
@@ -58,7 +62,8 @@ def build_batches(plan, seed, folder, text_bytes, workers):
         text_bytes (`int`): How much of the machine's text to use.
         workers (`int`): Processes.
     """
-    file = folder / f"batches_{seed}_{plan.steps}_{plan.tokens}.npz"
+    key = zlib.crc32(repr((plan.steps, plan.tokens, plan.lengths, plan.dense_lengths, plan.dense_share)).encode())
+    file = folder / f"batches_{seed}_{key:08x}.npz"
     if file.exists():
         return file
     tokenizer = load_tokenizer()
@@ -116,7 +121,8 @@ def train(model, plan, schedule: SoftMaskSchedule, batches, *, log_every=10):
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(ids[:, :-1], use_cache=False).logits
-            loss, stats = losses(logits, ids[:, 1:], kinds[:, 1:], TEXT_WEIGHT)
+        # outside autocast, which would count hits in 16 bits
+        loss, stats = losses(logits, ids[:, 1:], kinds[:, 1:], TEXT_WEIGHT)
         loss.backward()
         del logits
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -18,7 +18,16 @@ from recipes.pocket_lm.evaluate import answer_questions
 from recipes.soft_mask_sft import arms, card, pocket_quality, pocket_training, sft
 from tests.training.tiny import make_model, make_tokenizer
 
-PLAN = pocket_training.Plan(steps=4, tokens=256, lengths={128: 0.5, 64: 0.5}, budgets=(16, 24), rate=1.0, warmup=1)
+PLAN = pocket_training.Plan(
+    steps=4,
+    tokens=256,
+    lengths={128: 0.5, 64: 0.5},
+    dense_lengths={192: 1.0},
+    budgets=(16, 24),
+    dense_share=0.25,
+    rate=1.0,
+    warmup=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,8 @@ def test_batches_depend_on_the_seed_alone(batches, tmp_path):
     first = np.load(batches)
     for step in range(PLAN.steps):
         assert np.array_equal(first[f"ids{step}"], again[f"ids{step}"])
-        assert first[f"ids{step}"].shape[1] - 1 in PLAN.lengths
+        dense = SoftMaskSchedule(dense_share=0.25).is_dense(step)
+        assert first[f"ids{step}"].shape[1] - 1 in (PLAN.dense_lengths if dense else PLAN.lengths)
     assert any(
         first[f"ids{s}"].shape != other[f"ids{s}"].shape or not np.array_equal(first[f"ids{s}"], other[f"ids{s}"])
         for s in range(PLAN.steps)
@@ -84,7 +94,7 @@ def test_arms_train_as_they_are_called(arm, soft, batches):
     model = make_model()
     before, settings = model.model.layers[0].self_attn.q_proj.weight.clone(), unique_hf.configure(model)
     task = arms.Task(arm, 0, ())
-    schedule = arms.schedule_of(task, PLAN, (1.0, 0.2), dense_share=0.5)
+    schedule = arms.schedule_of(task, PLAN, (1.0, 0.2))
     found = pocket_training.train(model, PLAN, schedule, batches)
     assert bool(found["soft_rows"]) == soft and not torch.equal(before, model.model.layers[0].self_attn.q_proj.weight)
     assert unique_hf.configure(model) == settings and not model.training
@@ -124,6 +134,8 @@ sys.argv = [*common, "dense-s0", "--resume", {str(out / "arms.json")!r}]
 arms.main()"""
     shown = " ".join(run_python(code))
     assert "FAILED" not in shown
+    with pytest.raises(ValueError, match="expected results of the same plan"):
+        arms.earlier(out / "arms.json", arms.H200, (0.5, 0.04))
     results = json.loads((out / "arms.json").read_text())
     assert {r["task"] for r in results["records"]} == {"soft-p16-s0", "dense-s0"}
     assert sum(r["task"] == "soft-p16-s0" for r in results["records"]) == 1, "resumed arms are not run again"
