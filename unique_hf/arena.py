@@ -144,6 +144,8 @@ def _specs(layer: Any, capacity: int) -> list[Spec | None]:
         Spec((*tensor.shape[:2], capacity, tensor.shape[3]), tensor.dtype) for tensor in (layer.keys, layer.values)
     ]
     for tensor in layer.index.stats:
-        shape = None if tensor is None else (*tensor.shape[:2], pages, *tensor.shape[3:])
-        found.append(None if tensor is None else Spec(shape, tensor.dtype))
+        if tensor is None:
+            found.append(None)
+        else:
+            found.append(Spec((*tensor.shape[:2], pages, *tensor.shape[3:]), tensor.dtype))
     return found

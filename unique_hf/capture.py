@@ -43,6 +43,7 @@ KEPT = 2
 # what a forward that does not suit a captured step raises; anything else is a bug and shows
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
+_METHODS: Any = GenerationMixin
 _STEPS: weakref.WeakKeyDictionary[torch.nn.Module, list[DecodeStep]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
@@ -117,13 +118,16 @@ class Call:
     """
 
     def __init__(self, model: PreTrainedModel, settings: Any, cache: DynamicCache, batch: int, new_tokens: int):
-        self.model, self.settings, self.cache = model, settings, cache
+        self.model, self.settings = model, settings
+        # its layers are ours, see `why_eager`
+        self.cache: Any = cache
         self.batch, self.new_tokens = batch, new_tokens
         self.failed = False
         self.length = self.capacity = 0
-        self._step: DecodeStep | None = None
+        # set by `prepare` until `finish`
+        self._step: Any = None
         self._running = False
-        self._counts: StepCounts | None = None
+        self._counts: Any = None
         self._starts: torch.Tensor | None = None
 
     def decode(self, **inputs: Any) -> Any:
@@ -304,7 +308,7 @@ def _begin(model: PreTrainedModel, input_ids: torch.Tensor, kwargs: dict[str, An
 
 def install() -> None:
     """Wrap `GenerationMixin._sample`; a second call changes nothing."""
-    original = GenerationMixin._sample
+    original = _METHODS._sample
     if hasattr(original, "_unique_original"):
         return
 
@@ -318,12 +322,12 @@ def install() -> None:
         finally:
             call.finish()
 
-    _sample._unique_original = original
-    GenerationMixin._sample = _sample
+    vars(_sample)["_unique_original"] = original
+    _METHODS._sample = _sample
 
 
 def uninstall() -> None:
     """Put `GenerationMixin._sample` back; `generate` then decodes eagerly."""
-    original = getattr(GenerationMixin._sample, "_unique_original", None)
+    original = getattr(_METHODS._sample, "_unique_original", None)
     if original is not None:
-        GenerationMixin._sample = original
+        _METHODS._sample = original

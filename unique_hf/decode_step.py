@@ -63,7 +63,7 @@ class DecodeStep:
         # where the buffers of the last cache lay, for a later call to ask for the same places
         self.arena: Arena | None = None
         self.captures, self.seconds = 0, 0.0
-        self._model: PreTrainedModel | None = None
+        self._model: Any = None
         self._cache: Any = None
         self._starts: list[torch.Tensor | None] = []
 
@@ -156,7 +156,8 @@ class DecodeStep:
                 self.replay = self.recorder.capture(self._forward)
             self.captured_for = key
             self.captures, self.seconds = self.captures + 1, self.seconds + time.perf_counter() - begin
-        return self._dress(self.replay())
+        replay: Any = self.replay
+        return self._dress(replay())
 
     def _fused(self) -> contextlib.AbstractContextManager[Any]:
         return fused_norms(self._model) if self.recorder.fuses else contextlib.nullcontext()

@@ -32,7 +32,7 @@ def fingerprint(model: torch.nn.Module) -> int:
                 parts.append((key, id(value)))
             elif isinstance(value, (list, tuple, set)) or (isinstance(value, dict) and not key.startswith("_")):
                 parts.append((key, repr(value)))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         parts.append(config.to_json_string(use_diff=False))
         parts.append([part._attn_implementation for part in _configs(config)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def _parts(module: torch.nn.Module) -> tuple[torch.Tensor, float] | None:
     return (weight, eps) if weight.dtype in TOLERANCE else None
 
 
-def _run(module: torch.nn.Module, original: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _run(module: Any, original: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     weight, eps = module.weight, vars(module).get("variance_epsilon", vars(module).get("eps"))
     if x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
         return original(x)

@@ -20,21 +20,21 @@ class SoftMaskSchedule:
     Equation: temperature(step) = first (last / first)^min(1, step / ((1 - hold) (num_steps - 1))).
 
     Args:
-        temperature (`tuple`, *optional*, defaults to `(0.5, 0.04)`): First and last width of the sigmoid of Eq. 6, in
+        temperature (`tuple`, *optional*, defaults to `(0.5, 0.08)`): First and last width of the sigmoid of Eq. 6, in
             units of attention logits (a page score of Eq. 2 times the softmax scale), whatever the head dim.
         hold (`float`, *optional*, defaults to 0.4): Share of the steps, at the end, that stay at the last temperature.
         budget (`tuple`, *optional*): Least and most tokens kept, drawn log-uniformly per step; `None` keeps the
             budget of the model.
-        dense_share (`float`, *optional*, defaults to 0.4): Share of the steps that train dense.
+        dense_share (`float`, *optional*, defaults to 0.5): Share of the steps that train dense.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
     Raises:
         ValueError: a value is out of range.
     """
 
-    temperature: tuple[float, float] = (0.5, 0.04)
+    temperature: tuple[float, float] = (0.5, 0.08)
     hold: float = 0.4
     budget: tuple[int, int] | None = None
-    dense_share: float = 0.4
+    dense_share: float = 0.5
     seed: int = 0
 
     def __post_init__(self):

@@ -122,5 +122,6 @@ class StepCounts:
                 if isinstance(getattr(counts, item.name), int):
                     setattr(into, item.name, getattr(into, item.name) + getattr(counts, item.name))
             into.reasons["pages by score"] += self.steps * keys.shape[0]
-        self._kinds = {kind: (activity.Activity(), *rest) for kind, (_, *rest) in self._kinds.items()}
+        for kind, (_, keys, values, page_bytes) in self._kinds.items():
+            self._kinds[kind] = (activity.Activity(), keys, values, page_bytes)
         self.steps = 0
