@@ -51,11 +51,12 @@ class Preset:
 # steps go to 32k as the first training did, or the model would unlearn that length whatever the mask does
 H200 = Preset(
     plan=Plan(
-        steps=200,
+        steps=250,
         tokens=65536,
         lengths={16384: 0.35, 8192: 0.3, 4096: 0.2, 2048: 0.15},
         dense_lengths={32768: 0.5, 16384: 0.25, 8192: 0.1, 4096: 0.1, 1024: 0.05},
         budgets=(256, 2048),
+        dense_share=0.5,
     ),
     text_bytes=16 << 20,
     workers=14,
@@ -184,23 +185,25 @@ def run_task(task, preset, options):
     if task.arm == "soft":
         unique_hf.configure(model, budget=min(SHIPPED_BUDGET, preset.plan.budgets[1]))
         _save(model, tokenizer, options["state"] / task.name)
-    records = _evaluations(task, model, tokenizer, preset)
+    records = _evaluations(task, model, tokenizer, preset, options["split"])
     for record in records:
         record.update(training=training, seconds=round(time.monotonic() - began, 1))
     return records
 
 
-def _evaluations(task, model, tokenizer, preset):
+def _evaluations(task, model, tokenizer, preset, split):
     records, dense = [], []
     bits = bits_per_byte(model, tokenizer, length=min(2048, preset.cells[0].length), windows=8)
     for page_size, score in task.evaluations:
         settings = {"page_size": page_size, "score": score}
         wanted = [cell for cell in preset.cells if cell.budget is not None or not dense]
-        rows = evaluate(model, tokenizer, wanted, preset.sizes, settings=settings, rows_at_once=preset.rows)
+        rows = evaluate(
+            model, tokenizer, wanted, preset.sizes, settings=settings, rows_at_once=preset.rows, split=split
+        )
         # dense rows do not depend on the settings: measured once per model
         dense = dense or [row for row in rows if row["budget"] is None]
         rows = dense + [row for row in rows if row["budget"] is not None]
-        mass = recall(model, tokenizer, *preset.recall_cell, settings)
+        mass = recall(model, tokenizer, *preset.recall_cell, settings, split)
         record = {"task": task.name, "arm": task.arm, "seed": task.seed, "page_size": page_size, "score": score}
         record.update(cells=rows, recall=mass, bits_per_byte=bits)
         records.append(record)
@@ -257,14 +260,14 @@ def environment():
     }
 
 
-def earlier(file, preset, temperature):
+def earlier(file, preset, temperature, split):
     """Records of an earlier call, which must have trained by the same plan."""
     found = json.loads(file.read_text())
     plan = json.loads(json.dumps(asdict(preset.plan)))
-    if found["plan"] != plan or found["temperature"] != list(temperature):
+    if (found["plan"], found["temperature"], found["split"]) != (plan, list(temperature), split):
         raise ValueError(
             f"expected results of the same plan to resume, {file} has {found['plan']} at {found['temperature']}, not "
-            f"{plan} at {list(temperature)}: leave --resume out, or give the options of that call"
+            f"{plan} at {list(temperature)}, or another split: leave --resume out, or give the options of that call"
         )
     return found["records"]
 
@@ -276,6 +279,7 @@ def write(out, preset, records, options):
         "revision": options["revision"],
         "plan": asdict(preset.plan),
         "temperature": options["temperature"],
+        "split": options["split"],
         "records": records,
         "comparisons": compare(records, preset.sizes),
     }
@@ -315,8 +319,11 @@ def parse_args():
     parser.add_argument("--ship", nargs="*", default=["soft-p16-s0", "soft-p8-s0"], help="checkpoints to copy to OUT")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--rate", type=float, help="share of the learning rates of the first training")
-    parser.add_argument("--temperature", type=float, nargs=2, default=(0.5, 0.04), help="first and last, in logits")
+    parser.add_argument("--temperature", type=float, nargs=2, default=(0.5, 0.08), help="first and last, in logits")
     parser.add_argument("--dense-share", type=float, help="share of dense steps")
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="facts asked; tune on the first"
+    )
     parser.add_argument("--revision", default="unknown", help="git revision to note in the results")
     return parser.parse_args()
 
@@ -330,7 +337,7 @@ def main():
     wanted = tasks()
     if unknown := set(args.arms or ()) - {task.name for task in wanted}:
         raise ValueError(f"unknown arms {sorted(unknown)}; there are {', '.join(task.name for task in wanted)}")
-    records = earlier(args.resume, preset, args.temperature) if args.resume else []
+    records = earlier(args.resume, preset, args.temperature, args.split) if args.resume else []
     done = {record["task"] for record in records}
     wanted = [task for task in wanted if task.name not in done and (not args.arms or task.name in args.arms)]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -339,7 +346,7 @@ def main():
     batches = {seed: build_batches(preset.plan, seed, args.state, preset.text_bytes, preset.workers) for seed in seeds}
     options = {
         "model": args.model, "state": args.state, "batches": batches, "temperature": tuple(args.temperature),
-        "estimate": args.estimate, "deadline": began + 60 * args.minutes,
+        "split": args.split, "estimate": args.estimate, "deadline": began + 60 * args.minutes,
         "environment": environment(), "revision": args.revision,
     }  # fmt: skip
     print(f"{len(wanted)} arms, batches of {len(seeds)} seeds after {time.time() - began:.0f} s", flush=True)

@@ -29,13 +29,13 @@ class Cell:
 
 
 @functools.lru_cache(maxsize=8)
-def haystacks(tokenizer, length, count, questions, seed=1000):
+def haystacks(tokenizer, length, count, questions, split="test", seed=1000):
     """Haystacks of exactly `length` tokens, with facts that no training row held; filled up in front with text."""
     source = topics(held_out=True)
     filler = encode_text(tokenizer, source[:4000])
     found = []
     for index in range(count):
-        haystack = make_haystack(tokenizer, source, length, questions, seed + index, split="test")
+        haystack = make_haystack(tokenizer, source, length, questions, seed + index, split)
         missing = length - len(haystack.input_ids)
         found.append((filler[:missing] + haystack.input_ids, haystack))
     return found
@@ -80,7 +80,7 @@ def _prefilled(model, contexts):
     return cache
 
 
-def evaluate(model, tokenizer, cells, sizes, *, settings, rows_at_once):
+def evaluate(model, tokenizer, cells, sizes, *, settings, rows_at_once, split="test"):
     """Outcomes of every cell; all models get the same questions in the same order.
 
     Args:
@@ -90,6 +90,7 @@ def evaluate(model, tokenizer, cells, sizes, *, settings, rows_at_once):
         sizes (`dict`): Length to `(haystacks, questions per haystack)`.
         settings (`dict`): Settings of UNIQUE attention beside the budget.
         rows_at_once (`dict`): Length to questions decoded together.
+        split (`str`, *optional*, defaults to `"test"`): Facts to ask; settle settings on `"validation"`.
     Returns:
         `list[dict]`, one per cell: `length, budget, trained, questions, accuracy, outcomes` ("1" right, "0" wrong) and
         `pages_read`, the share of the pages that decoding read (1 where dense).
@@ -99,7 +100,7 @@ def evaluate(model, tokenizer, cells, sizes, *, settings, rows_at_once):
     results = []
     for length in sorted({cell.length for cell in cells}):
         count, questions = sizes[length]
-        stacks = haystacks(tokenizer, length, count, questions)
+        stacks = haystacks(tokenizer, length, count, questions, split)
         group = max(1, rows_at_once[length] // questions)
         here = [cell for cell in cells if cell.length == length]
         outcomes, read = dict.fromkeys(here, ""), dict.fromkeys(here, 1.0)
@@ -161,10 +162,10 @@ def _row(cell, outcomes, pages_read):
     }
 
 
-def recall(model, tokenizer, length, budget, settings):
+def recall(model, tokenizer, length, budget, settings, split="test"):
     """Mean share of the true attention mass on the kept pages, over all layers and heads, while questions are read."""
     questions = min(16, length // 128)
-    [(ids, haystack)] = haystacks(tokenizer, length, 1, questions, seed=2000)
+    [(ids, haystack)] = haystacks(tokenizer, length, 1, questions, split, seed=2000)
     unique_hf.configure(model, **settings, budget=budget, measure_recall=True)
     cache = _prefilled(model, [ids])
     cache.batch_repeat_interleave(questions)

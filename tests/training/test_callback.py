@@ -184,3 +184,21 @@ def test_measure_refuses_packed_rows():
 def test_importing_unique_hf_leaves_trl_and_trainer_modules_alone():
     names = ("trl", "unique_hf.training", "unique_hf.hub")
     assert run_python(f"import sys, unique_hf\nprint(*[m for m in {names} if m in sys.modules])") == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_reaches_the_soft_mask(dtype):
+    """Norms and rotary embeddings in fp32 leave queries in fp32 beside values in 16 bits; sdpa would cast them."""
+    model, seen = make_model(), []
+
+    def see(settings, query, key, **where):
+        seen.append((query.dtype, key.dtype))
+
+    with torch.autocast("cpu", dtype), adapter().soft.observing(see):
+        logits = model(**probe_rows(), use_cache=False).logits
+    assert set(seen) == {(dtype, dtype)} and len(seen) == 2 and torch.isfinite(logits).all()
+    with torch.no_grad():
+        exact = model(**probe_rows(), use_cache=False).logits
+    valid = probe_rows()["attention_mask"].bool()
+    assert (logits - exact)[valid].abs().max() < 0.1 * exact[valid].abs().max()
+    assert len(seen) == 2, "nobody watches any more"

@@ -135,7 +135,7 @@ arms.main()"""
     shown = " ".join(run_python(code))
     assert "FAILED" not in shown
     with pytest.raises(ValueError, match="expected results of the same plan"):
-        arms.earlier(out / "arms.json", arms.H200, (0.5, 0.04))
+        arms.earlier(out / "arms.json", arms.H200, (0.5, 0.08), "test")
     results = json.loads((out / "arms.json").read_text())
     assert {r["task"] for r in results["records"]} == {"soft-p16-s0", "dense-s0"}
     assert sum(r["task"] == "soft-p16-s0" for r in results["records"]) == 1, "resumed arms are not run again"
