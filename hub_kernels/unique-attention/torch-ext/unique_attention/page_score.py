@@ -215,6 +215,11 @@ def _page_vote_fwd_kernel(
             tl.store(row_out + begin + offs, tl.where(outside, float("-inf"), x), mask=mask)
 
 
+# pages per block at head dim 128, warps, blocks per program where programs are many; measured on an H200
+SCORE_LAUNCH = {"fp32": (32, 4, 1), "bf16": (32, 2, 4), "fp8": (64, 1, 1), "int8": (64, 1, 1), "int4": (64, 1, 8)}
+INTEGER = ("int8", "int4")
+
+
 class Scoring(NamedTuple):
     """The compile-time side of a score pass."""
 
@@ -240,20 +245,15 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
         "DP4A": integer and codes.stride(-2) * codes.element_size() % 4 == 0, "NATIVE_FP8": target.native_fp8,
     }  # fmt: skip
     per_head = group_reduce in ("softmax_mean", "shifted_max")
-    block_n, num_warps = launch_score(stats_dtype, block_d, constants["DP4A"])
-    # the query is prepared once per program: several blocks each, as long as there are programs enough
     rows = q.shape[0] * num_kv_heads
-    blocks = 1
-    while blocks < 8 and rows * triton.cdiv(num_pages, block_n * blocks * 2) >= 64 * target.num_sms // num_warps:
-        blocks *= 2
-    return Scoring(constants, block_n, 1 if per_head else blocks, num_warps, per_head)
-
-
-def launch_score(stats_dtype: str, block_d: int, integer: bool) -> tuple[int, int]:
-    """Pages per block and warps: 64 registers of codes a thread, measured on an H200."""
-    if integer:
-        return max(16, min(256, 8192 // block_d)), 1
-    return max(16, min(256, 8192 // block_d)), 4
+    block_n, num_warps, blocks = SCORE_LAUNCH[
+        stats_dtype if constants["DP4A"] or stats_dtype not in INTEGER else "fp8"
+    ]
+    block_n = max(16, block_n * 128 // max(block_d, 64))
+    # the query is prepared once per program: several blocks each, where programs are many
+    if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
+        blocks = 1
+    return Scoring(constants, block_n, blocks, num_warps, per_head)
 
 
 def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:

@@ -100,7 +100,7 @@ def refresh_pages(
     slots = pages[:, None] * P + tl.arange(0, P)[None, :]  # [NPG, P]
     valid = mask_page[:, None] & (slots >= start) & (slots < end)
     if HAS_MASK:
-        valid &= tl.load(mask_ptr + slots, mask=valid, other=0) != 0
+        valid &= tl.load(mask_ptr + slots, mask=valid, other=0)
     offs_t = tl.arange(0, P)[None, :]
     offs_h = tl.arange(0, 2)[None, None, :, None]
     offs_c = tl.arange(0, BC)[None, None, None, :]
@@ -233,7 +233,7 @@ def _launch(
     _page_stats_fwd_kernel[(triton.cdiv(touched, pages_per_program), num_kv_heads, batch)](
         k, k_new, v, v_new,
         codes.view(torch.uint8) if stats_dtype == "fp8" else codes, scales, spread,
-        seq_lens, seq_starts, None if token_mask is None else token_mask.view(torch.uint8), page_table,
+        seq_lens, seq_starts, token_mask, page_table,
         *token_strides(k, paged, page_size), *new_strides, *value_strides, *new_value_strides,
         *page_strides(codes, paged), codes.stride(-2), *scale_strides, *page_strides(spread, paged),
         stride_of(seq_lens), stride_of(seq_starts), stride_of(token_mask), stride_of(page_table),

@@ -51,7 +51,7 @@ def attend_pages(
         slot = page * P + (begin + offs_t) % P
         valid = (page >= 0) & (slot >= start) & (slot < end)
         if HAS_MASK:
-            valid &= tl.load(mask_ptr + slot, mask=valid, other=0) != 0
+            valid &= tl.load(mask_ptr + slot, mask=valid, other=0)
         physical = physical_page(table_ptr, stride_table, b, page, valid, HAS_TABLE)
         offs_in = (begin + offs_t) % P
         k = tl.load(
@@ -193,13 +193,22 @@ class Launch(NamedTuple):
 def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launch:
     """Launch settings for `rows` rows of `tokens` tokens whose keys (or values) take `row_bytes` each.
 
-    Enough programs per row to fill the device twice, at most one per tile.
+    Many rows fill the device alone; few are split until they do, at most once per tile. Measured on an H200.
     """
-    block_t = 32 if row_bytes > 256 else 64
-    splits = 1
-    while splits * 2 <= min(triton.cdiv(tokens, block_t), 32) and rows * splits * 2 <= num_sms * 2:
-        splits *= 2
-    return Launch(block_t, 2, 4, splits)
+    if rows >= 2 * num_sms:
+        launch = Launch(32, 3, 4, 1)
+    elif 3 * rows >= num_sms:
+        launch = Launch(128, 1, 8, 2)
+    else:
+        launch = Launch(64, 1, 8, 1)
+    if row_bytes > 256:
+        launch = launch._replace(block_t=max(16, launch.block_t * 256 // row_bytes))
+    tiles = triton.cdiv(tokens, launch.block_t)
+    splits = launch.splits
+    if 3 * rows < num_sms:
+        while splits * 2 <= min(tiles, 32) and rows * splits * 2 <= num_sms * 2:
+            splits *= 2
+    return launch._replace(splits=max(1, min(splits, tiles)))
 
 
 class Attending(NamedTuple):
@@ -226,9 +235,8 @@ def plan_attention(
     extent = torch.empty((parts, 2), dtype=torch.float32, device=q.device)
     if counters is None:
         counters = torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=q.device)
-    mask = None if token_mask is None else token_mask.view(torch.uint8)
     return Attending(
-        (q, k, v, out, partial, extent, counters, sinks, seq_lens, seq_starts, mask, page_table),
+        (q, k, v, out, partial, extent, counters, sinks, seq_lens, seq_starts, token_mask, page_table),
         (
             *(q.stride(0), q.stride(1), q.stride(-1)),
             *token_strides(k, paged, page_size), *token_strides(v, paged, page_size), *out.stride()[:2],
@@ -238,7 +246,7 @@ def plan_attention(
             "P": page_size, "D": head_dim, "DV": value_dim,
             "BD": max(16, triton.next_power_of_2(head_dim)), "BDV": block_dv, "G": group, "GP": group_rows,
             "BLOCK_T": launch.block_t, "STAGES": launch.stages, "SPLITS": launch.splits,
-            "HAS_LENS": seq_lens is not None, "HAS_STARTS": seq_starts is not None, "HAS_MASK": mask is not None,
+            "HAS_LENS": seq_lens is not None, "HAS_STARTS": seq_starts is not None, "HAS_MASK": token_mask is not None,
             "HAS_TABLE": paged, "HAS_SOFTCAP": softcap is not None, "HAS_SINKS": sinks is not None,
         },
         launch.splits,

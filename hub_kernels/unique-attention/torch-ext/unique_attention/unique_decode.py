@@ -227,10 +227,9 @@ def unique_decode(
         forced = {"sink_pages": config.sink_pages, "recent_pages": config.recent_pages}
         write_peaks(*scratch, selection, page_size=page_size, **forced, **lengths)
     else:
-        mask = None if token_mask is None else token_mask.view(torch.uint8)
         _launch_score(
             q, k, v, stats, new, scratch, scoring, selection, config=config, dense_pages=dense_pages,
-            weight=score_weight, scale=softmax_scale, where=(seq_lens, seq_starts, mask, page_table), pdl=pdl,
+            weight=score_weight, scale=softmax_scale, where=(seq_lens, seq_starts, token_mask, page_table), pdl=pdl,
         )  # fmt: skip
     tokens = min(dense_pages, num_pages) * page_size
     launch = launch_decode(batch * num_kv_heads, tokens, row_bytes(k, v), target.num_sms)
