@@ -79,6 +79,7 @@ def test_values_out_of_range_say_what_was_expected(settings, message):
         {"score_weight": "0.5"},
         {"capture": 1},
         {"threshold_grad": None},
+        {"soft_mask": 0},
         {"measure_recall": "no"},
     ],
 )

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import unique_hf
+from unique_hf.probe import measure
 
 pytest.importorskip("trl")
 
@@ -49,9 +50,11 @@ def worker(rank, port, file):
         unique_hf.report(model, reset=True)
         losses = train(model, rows(4)[2 * rank : 2 * rank + 2], 0.5)
         dist.all_reduce(losses)
+        soft_rows = unique_hf.report(model).soft_rows
+        measured = measure(model, {"input_ids": rows(2)})
         weight = model.model.layers[0].self_attn.q_proj.weight.full_tensor()
         if rank == 0:
-            found = {"losses": losses, "weight": weight.detach(), "soft_rows": unique_hf.report(model).soft_rows}
+            found = {"losses": losses, "weight": weight.detach(), "soft_rows": soft_rows, "measured": measured}
             torch.save(found, file)
     finally:
         dist.destroy_process_group()
@@ -65,6 +68,7 @@ def test_two_sharded_processes_train_as_one(tmp_path):
     found = torch.load(tmp_path / "found.pt")
     model = make_model()
     assert found["losses"].tolist() == pytest.approx(train(model, rows(4), 1.0).tolist(), abs=1e-5)
+    assert found["measured"] == pytest.approx(measure(model, {"input_ids": rows(2)}), abs=1e-4)
     weight = model.model.layers[0].self_attn.q_proj.weight.detach()
     assert (found["weight"] - weight).abs().max() < 1e-5
     assert (weight - make_model().model.layers[0].self_attn.q_proj.weight).abs().max() > 1e-4, "nothing was learnt"
