@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .arena import Arena
 from .backend import adapter
-from .fused import fused_norms
+from .fused import fused
 from .graphs import RECORDERS
 
 # handled by the step itself: the cache is bound, padding has become `seq_starts`
@@ -160,7 +160,7 @@ class DecodeStep:
         return self._dress(replay())
 
     def _fused(self) -> contextlib.AbstractContextManager[Any]:
-        return fused_norms(self._model) if self.recorder.fuses else contextlib.nullcontext()
+        return fused(self._model) if self.recorder.fuses else contextlib.nullcontext()
 
     def _load(self, inputs: dict[str, Any]) -> None:
         tensors, constants = {}, {}

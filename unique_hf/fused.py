@@ -1,20 +1,26 @@
-"""Norms in one launch while a step is recorded. Imports torch only.
+"""Norms and rotary embeddings in one launch each while a step is recorded. Imports torch and the kernel package.
 
-Eager RMS norms of Transformers are eight launches, and a decoder layer has up to four of them: most of what a captured
-step of a small model does. While a step is warmed or recorded, those that compute what `F.rms_norm` computes, which is
-tried out, run as that; the modules are as before afterwards.
+In eager Transformers an RMS norm takes eight launches and a rotary embedding ten; a decoder layer has up to four norms
+and one rotation, which together are most of what a captured step of a small model does. While a step is warmed or
+recorded, those that compute what one launch can compute, which is tried out, run as that. Only attributes of module
+instances are set, and taken away again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .backend import kernel_module
+
+ROTARY = "apply_rotary_pos_emb"
 # largest difference to the module itself that rounding explains, relative to the largest result
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -44,37 +50,100 @@ def _same(module: torch.nn.Module, weight: torch.Tensor) -> bool:
         return False
     if expected.dtype != found.dtype:
         return False
+    return _close(found, expected)
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     error = (expected.float() - found.float()).abs().max()
-    return bool(error <= TOLERANCE[weight.dtype] * expected.float().abs().max())
+    return bool(error <= TOLERANCE[expected.dtype] * expected.float().abs().max())
+
+
+@functools.cache
+def _rotary() -> Callable[..., Any] | None:
+    try:
+        return importlib.import_module(f"{kernel_module().__name__}.rotary").rotary
+    except ImportError:
+        # no Triton, or a kernel from the Hub that does not have it
+        return None
+
+
+def _rotate(original: Callable[..., Any], fast: Callable[..., Any], q: Any, k: Any, cos: Any, sin: Any, **more: Any):
+    tensors = (q, k, cos, sin)
+    plain = not more and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3 and q.shape[-1] % 2 == 0
+    same = len({(x.dtype, x.shape[-1]) for x in tensors}) == 1 and all(x.stride(-1) == 1 for x in tensors)
+    if plain and same and cos.shape == sin.shape and cos.shape[1] == q.shape[2] == k.shape[2]:
+        return fast(*tensors)
+    return original(*tensors, **more)
+
+
+def _own_rotation(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """The rotary function that a module's forward calls by its global name."""
+    forward = type(module).forward
+    plain = isinstance(forward, types.FunctionType) and not hasattr(forward, "__wrapped__")
+    if not plain or "forward" in vars(module) or ROTARY not in forward.__code__.co_names:
+        return None
+    return forward.__globals__.get(ROTARY)
+
+
+def _same_rotation(module: torch.nn.Module, original: Callable[..., Any], fast: Callable[..., Any]) -> bool:
+    parameter = next(module.parameters(), None)
+    dim = getattr(module, "head_dim", 64)
+    if parameter is None or parameter.dtype not in TOLERANCE or not isinstance(dim, int):
+        return False
+    x = torch.linspace(-3.0, 2.0, 16 * dim, device=parameter.device).cos().to(parameter.dtype)
+    q, k = x[: 8 * dim].view(2, 4, 1, dim), x[8 * dim : 12 * dim].view(2, 2, 1, dim)
+    cos, sin = x[12 * dim : 13 * dim].view(1, 1, dim), x[13 * dim : 14 * dim].view(1, 1, dim)
+    try:
+        expected, found = original(q, k, cos, sin), fast(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return all(_close(a, b) for a, b in zip(found, expected))
+
+
+def _with_rotation(module: torch.nn.Module, original: Callable[..., Any], fast: Callable[..., Any]) -> Any:
+    forward: Any = type(module).forward
+    names = {**forward.__globals__, ROTARY: functools.partial(_rotate, original, fast)}
+    other = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    other.__kwdefaults__ = forward.__kwdefaults__
+    return types.MethodType(other, module)
 
 
 @contextlib.contextmanager
-def fused_norms(model: torch.nn.Module) -> Iterator[int]:
-    """Let the RMS norms of a model run in one launch each.
+def fused(model: torch.nn.Module) -> Iterator[tuple[int, int]]:
+    """Let the RMS norms and rotary embeddings of a model run in one launch each.
 
     Args:
         model (`torch.nn.Module`): The model; without grad.
     Yields:
-        `int`: How many do. Waits for the device once per kind of norm.
+        `tuple`: How many norms and how many rotations do. Waits for the device once per kind of each.
 
-    Numerics: fp32 inside, as the modules; one rounding of the result instead of two.
+    Numerics: norms in fp32 as in the modules, with one rounding of the result instead of two; rotations round as the
+    original does.
     """
-    kinds: dict[tuple[type, torch.dtype], bool] = {}
-    changed = []
+    kinds: dict[Any, bool] = {}
+    norms, rotations = [], []
+    fast = _rotary()
     try:
         with torch.no_grad():
             for module in model.modules():
-                parts = _parts(module)
-                if parts is None:
-                    continue
-                kind = (type(module), parts[0].dtype)
-                if kind not in kinds:
-                    kinds[kind] = _same(module, parts[0])
-                if kinds[kind]:
-                    module.forward = functools.partial(_run, module, functools.partial(type(module).forward, module))
-                    changed.append(module)
-        yield len(changed)
+                parts, rotation = _parts(module), _own_rotation(module)
+                if parts is not None:
+                    kind = (type(module), parts[0].dtype)
+                    if kind not in kinds:
+                        kinds[kind] = _same(module, parts[0])
+                    if kinds[kind]:
+                        original = functools.partial(type(module).forward, module)
+                        module.forward = functools.partial(_run, module, original)
+                        norms.append(module)
+                elif rotation is not None and fast is not None:
+                    kind = (type(module), rotation)
+                    if kind not in kinds:
+                        kinds[kind] = _same_rotation(module, rotation, fast)
+                    if kinds[kind]:
+                        module.forward = _with_rotation(module, rotation, fast)
+                        rotations.append(module)
+        yield len(norms), len(rotations)
     finally:
-        for module in changed:
+        for module in norms + rotations:
             # another thread that records the same model may have been here first
             vars(module).pop("forward", None)

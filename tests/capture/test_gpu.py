@@ -12,6 +12,7 @@ import unique_hf
 from tests.capture.test_generate import Stream
 from tests.integration.tiny import batch, greedy, make
 from unique_hf import capture
+from unique_hf.fused import fused
 
 pytestmark = pytest.mark.gpu
 SPARSE = {"page_size": 4, "budget": 64, "stats_dtype": "fp32"}
@@ -211,3 +212,14 @@ def test_a_forward_that_waits_for_the_device_falls_back():
     assert len(unique_hf.report(model, reset=True).capture.eager) == 1
     model.model.forward = original
     assert captured(model, lambda: greedy(model, inputs, tokens=20)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_rotations_are_fused_while_recording(dtype):
+    model, inputs = on_cuda(architecture="qwen3", dtype=dtype), prompt(padding=(0, 0))
+    with torch.no_grad():
+        expected = model(**inputs).logits.float()
+        with fused(model) as counts:
+            found = model(**inputs).logits.float()
+    assert counts == (9, 2), "four norms and a rotation per layer, and the last norm"
+    assert (found - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 0.1) * expected.abs().max()
