@@ -18,7 +18,7 @@ from unique_attention.settings import (
 def test_defaults_are_valid_and_keep_256_pages():
     config = UniqueConfig()
     assert (config.page_size, config.budget, config.sink_pages, config.recent_pages) == (4, 1024, 1, 2)
-    assert (config.score, config.group_reduce, config.stats_dtype) == ("scalar", "mean", "fp8")
+    assert (config.score, config.group_reduce, config.stats_dtype) == ("scalar", "mean", "int4")
     assert config.num_kept == 256
 
 

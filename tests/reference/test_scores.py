@@ -187,7 +187,7 @@ def test_page_table_scores_equal_contiguous(score):
 
 def test_wrong_storage_is_named():
     stats = reference.page_stats(torch.randn(1, 1, 8, 4), page_size=4, stats_dtype="bf16")
-    with pytest.raises(ValueError, match="Expected statistics stored as 'fp8', got 'bf16'"):
+    with pytest.raises(ValueError, match="Expected statistics stored as 'int4', got 'bf16'"):
         reference.page_scores(torch.randn(1, 1, 1, 4), stats, page_size=4)
 
 

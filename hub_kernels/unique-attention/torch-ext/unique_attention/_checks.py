@@ -91,7 +91,7 @@ def shared(lengths: Tensor | None) -> Tensor | None:
 
 
 def empty_stats(
-    shape: tuple[int, ...], head_dim: int, *, score: str = "scalar", stats_dtype: str = "fp8", device=None
+    shape: tuple[int, ...], head_dim: int, *, score: str = "scalar", stats_dtype: str = "int4", device=None
 ) -> PageStats:
     """Unwritten storage for page statistics.
 
@@ -99,7 +99,7 @@ def empty_stats(
         shape (`tuple`): `(B, HK, N)`, or `(num_pages, HK)` with a page table.
         head_dim (`int`): D of the keys.
         score (`str`, *optional*, defaults to `"scalar"`): Score form, sets the vectors per page.
-        stats_dtype (`str`, *optional*, defaults to `"fp8"`): Storage of the vectors.
+        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage of the vectors.
         device (`torch.device`, *optional*): Where.
     Returns:
         `PageStats`: uninitialised tensors.

@@ -43,7 +43,7 @@ def page_stats(
     *,
     page_size: int,
     score: str = "scalar",
-    stats_dtype: str = "fp8",
+    stats_dtype: str = "int4",
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
     token_mask: Tensor | None = None,
@@ -60,7 +60,7 @@ def page_stats(
         k (`torch.Tensor`): `[B, HK, S, D]` keys as cached, or `[num_pages, HK, P, D]` with a page table.
         page_size (`int`): Tokens per page P; power of two, 2..128.
         score (`str`, *optional*, defaults to `"scalar"`): Which statistics to store, by score form.
-        stats_dtype (`str`, *optional*, defaults to `"fp8"`): Storage: fp32, bf16, fp8, int8 or int4.
+        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage: fp32, bf16, fp8, int8 or int4.
         seq_lens (`torch.Tensor`, *optional*): `[B]` slots in use.
         seq_starts (`torch.Tensor`, *optional*): `[B]` first valid slot.
         token_mask (`torch.Tensor`, *optional*): `[B, S]` bool, slots that count.
@@ -166,7 +166,7 @@ def page_scores(
     score: str = "scalar",
     score_weight: float | None = None,
     group_reduce: str = "mean",
-    stats_dtype: str = "fp8",
+    stats_dtype: str = "int4",
     softmax_scale: float | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
@@ -185,7 +185,7 @@ def page_scores(
         score (`str`, *optional*, defaults to `"scalar"`): Form of the offset.
         score_weight (`float`, *optional*): w; `None` takes the form's default.
         group_reduce (`str`, *optional*, defaults to `"mean"`): Vote of the query heads of a kv head.
-        stats_dtype (`str`, *optional*, defaults to `"fp8"`): Storage of `stats`.
+        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage of `stats`.
         softmax_scale (`float`, *optional*): s; `None` takes `D ** -0.5`.
         seq_lens (`torch.Tensor`, *optional*): `[B]` slots in use.
         seq_starts (`torch.Tensor`, *optional*): `[B]` first valid slot.

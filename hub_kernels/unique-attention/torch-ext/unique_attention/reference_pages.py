@@ -71,7 +71,7 @@ def page_stats(
     *,
     page_size: int,
     score: str = "scalar",
-    stats_dtype: str = "fp8",
+    stats_dtype: str = "int4",
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
     token_mask: Tensor | None = None,
@@ -89,7 +89,7 @@ def page_stats(
         score (`str`, *optional*, defaults to `"scalar"`): Which vectors are kept: mean (`"mean"`, `"scalar"`); mean
             and std per dim (`"diagonal"`, `"absolute"`, `"moment"`); max and min (`"minmax"`); mean, first principal
             direction times its std, residual std (`"principal"`); none (`"oracle"`).
-        stats_dtype (`str`, *optional*, defaults to `"fp8"`): Storage, see `quantize`.
+        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage, see `quantize`.
         seq_lens (`torch.Tensor`, *optional*): `[B]` slots in use; all slots by default.
         seq_starts (`torch.Tensor`, *optional*): `[B]` first valid slot (left padding).
         token_mask (`torch.Tensor`, *optional*): `[B, S]` bool, tokens that count.

@@ -124,7 +124,7 @@ def page_scores(
     score: str = "scalar",
     score_weight: float | None = None,
     group_reduce: str = "mean",
-    stats_dtype: str = "fp8",
+    stats_dtype: str = "int4",
     softmax_scale: float | None = None,
     seq_lens: Tensor | None = None,
     seq_starts: Tensor | None = None,
@@ -143,7 +143,7 @@ def page_scores(
         score (`str`, *optional*, defaults to `"scalar"`): Score form.
         score_weight (`float`, *optional*): w of Eq. 2; `None` takes the default of the form.
         group_reduce (`str`, *optional*, defaults to `"mean"`): Vote of the query heads.
-        stats_dtype (`str`, *optional*, defaults to `"fp8"`): Storage of `stats`.
+        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage of `stats`.
         softmax_scale (`float`, *optional*): s, `1 / sqrt(D)` by default.
         seq_lens (`torch.Tensor`, *optional*): `[B]` slots in use.
         seq_starts (`torch.Tensor`, *optional*): `[B]` first valid slot.

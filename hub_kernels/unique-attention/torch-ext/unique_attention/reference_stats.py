@@ -200,7 +200,9 @@ def quantize(vectors: Tensor, spread: Tensor, stats_dtype: str) -> PageStats:
         return PageStats(vectors.to(torch.bfloat16), None, spread)
     dim, group = vectors.shape[-1], INT4_GROUP if stats_dtype == "int4" else vectors.shape[-1]
     grouped = F.pad(vectors, (0, -dim % group)).unflatten(-1, (-1, group))  # [..., V, NG, group]
-    scales = _round_up_bf16(grouped.abs().amax(-1) / QMAX[stats_dtype])
+    absmax = grouped.abs().amax(-1)
+    # by a tensor: on GPUs torch multiplies by the reciprocal of a Python number, which is not the quotient
+    scales = _round_up_bf16(absmax / torch.full_like(absmax, QMAX[stats_dtype]))
     divisor = torch.where(scales > 0, scales, 1).to(vectors.dtype)[..., None]
     scaled = (grouped / divisor).flatten(-2)[..., :dim]
     if stats_dtype == "fp8":

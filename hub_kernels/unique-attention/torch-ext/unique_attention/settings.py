@@ -74,7 +74,7 @@ class UniqueConfig:
             Without effect for `"mean"`, `"minmax"` and `"oracle"`, which have no offset.
         group_reduce (`str`, *optional*, defaults to `"mean"`): How the query heads of a kv head vote (Eq. 3), one of
             `GROUP_REDUCES`.
-        stats_dtype (`str`, *optional*, defaults to `"fp8"`): Storage of the page statistics, one of `STATS_DTYPES`.
+        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage of the page statistics, one of `STATS_DTYPES`.
         temperature (`float`, *optional*, defaults to 1.0): Width of the sigmoid of the soft mask (Eq. 6), in units of
             the page score (unscaled `q . k`).
         threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through the threshold of Eq. 6.
@@ -93,7 +93,7 @@ class UniqueConfig:
     score: str = "scalar"
     score_weight: float | None = None
     group_reduce: str = "mean"
-    stats_dtype: str = "fp8"
+    stats_dtype: str = "int4"
     temperature: float = 1.0
     threshold_grad: bool = False
     soft_mask: bool = True
