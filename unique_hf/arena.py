@@ -70,7 +70,7 @@ class Arena:
             self._places.append((len(self._sizes) - 1, self._sizes[-1]))
             self._sizes[-1] += sum(spec.bytes for spec in specs if spec is not None)
         self._sizes = [max(size, LEAST_BYTES) for size in self._sizes]
-        self._addresses: list[int] = []
+        self._addresses = [0] * len(self._sizes)
 
     @property
     def bytes(self) -> int:
@@ -83,10 +83,9 @@ class Arena:
         Args:
             layers (`Sequence`): The layers of the constructor.
         """
-        self._addresses = []
         for index, size in enumerate(self._sizes):
             block = self._block(size)
-            self._addresses.append(block.data_ptr())
+            self._addresses[index] = block.data_ptr()
             self._hand_out(layers, index, block)
 
     def provide(self, layers: Sequence[Any]) -> None:
