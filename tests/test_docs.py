@@ -66,6 +66,14 @@ def test_settings_table_is_current():
     assert re.findall(r"^\| `(\w+)` \|", done.stdout, re.MULTILINE) == fields
 
 
+def test_results_tables_are_current():
+    code = "import results_table as t; print(t.insert(t.README.read_text()), end='')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "docs")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "README.md").read_text(), "run docs/results_table.py --write"
+    assert done.stdout.count("| 80 x 32,768 |") > 5
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_relative_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / name).read_text()):

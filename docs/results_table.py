@@ -1,0 +1,102 @@
+"""Render the tables of measured figures in README.md from `benchmarks/results`; `--write` puts them there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+START, END = "<!-- results: docs/results_table.py --write -->", "<!-- end of results -->"
+# batch, context: the cases of the decode table
+CASES = [(80, 32768), (16, 131072), (1, 131072), (1, 32768), (1, 1048576), (8, 4096), (1, 4096)]
+
+
+def load(name: str) -> dict:
+    """A results file.
+
+    Args:
+        name (`str`): Its name in `benchmarks/results`.
+    Returns:
+        `dict`: `environment`, `rows` and further facts.
+    """
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def decode_table() -> list[str]:
+    """One row per case and setting, slowest setting first."""
+    results = load("decode_h200.json")
+    environment = results["environment"]
+    lines = [
+        f"Decode attention of one layer ({environment['gpu']}, torch {environment['torch']}, bf16, 32 query and 8 kv "
+        "heads of 128, budget 512, in a CUDA graph; the fastest of FlashInfer, cuDNN and flash SDPA in the same run is "
+        "dense; accuracy: 192 needles of the pocket model at 16k with exactly these settings):",
+        "",
+        "| batch x context | page, statistics | dense us | unique us | speedup | bytes floor us | needle accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for batch, context in CASES:
+        rows = [r for r in results["rows"] if (r["batch"], r["context"], r["head_dim"]) == (batch, context, 128)]
+        for row in sorted(rows, key=lambda row: row["speedup"]):
+            accuracy = 100 * row["needle_accuracy"]
+            lines.append(
+                f"| {batch} x {context:,} | {row['page_size']}, {row['stats_dtype']} | {row['dense_us']:.0f} | "
+                f"{row['us']:.1f} | {row['speedup']:.1f}x | {row['floor_us']:.1f} | {accuracy:.1f} % |"
+            )
+    return lines
+
+
+def generate_table() -> list[str]:
+    """One row per model, batch and context, at the default settings."""
+    results = load("generate_h200.json")
+    lines = [
+        "`generate` end to end (random weights of Qwen3 shape, bf16, greedy; dense is SDPA with a static cache, "
+        "decoded eagerly in the same run; the vLLM figure is a stored one of the same GPU type, not of this run):",
+        "",
+        "| model | batch x context | unique ms/token | SDPA ms/token | vLLM 0.24 dense (stored) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        if row["kind"] == "decode" and row.get("settings") == "default":
+            stored = row["vllm_dense_ms_stored"]
+            lines.append(
+                f"| {row['model']} | {row['batch']} x {row['context']:,} | {row['ms']:.1f} | {row['dense_ms']:.1f} | "
+                f"{'-' if stored is None else f'{stored:.1f}'} |"
+            )
+    return lines
+
+
+def render() -> str:
+    """Both tables in Markdown.
+
+    Returns:
+        `str`: Without a trailing newline.
+    """
+    return "\n".join([*decode_table(), "", *generate_table()])
+
+
+def insert(readme: str) -> str:
+    """README text with what is between the two markers replaced.
+
+    Args:
+        readme (`str`): The current text.
+    Returns:
+        `str`: The new text.
+    Raises:
+        ValueError: A marker is missing.
+    """
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"expected the markers {START!r} and {END!r} in {README.name}, found only part of them")
+    return f"{before}{START}\n{render()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    if parser.parse_args().write:
+        README.write_text(insert(README.read_text()))
+    else:
+        print(render())
