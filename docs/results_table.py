@@ -31,7 +31,7 @@ def decode_table() -> list[str]:
     environment = results["environment"]
     lines = [
         f"Decode attention of one layer ({environment['gpu']}, torch {environment['torch']}, bf16, 32 query and 8 kv "
-        "heads of 128, budget 512, in a CUDA graph; the fastest of FlashInfer, cuDNN and flash SDPA in the same run is "
+        "heads of 128, budget 512, in a CUDA graph; the fastest of FlashInfer, cuDNN and flash SDPA in the run is "
         "dense; accuracy: 192 needles of the pocket model at 16k with exactly these settings; the JSON has all rows):",
         "",
         "| batch x context | page, statistics | dense us | unique us | speedup | bytes floor us | needle accuracy |",
