@@ -217,7 +217,8 @@ def _page_vote_fwd_kernel(
 
 # pages per block at head dim 128, warps, blocks per program where programs are many; measured on an H200
 SCORE_LAUNCH = {"fp32": (32, 4, 1), "bf16": (32, 2, 4), "fp8": (64, 1, 1), "int8": (64, 1, 1), "int4": (64, 1, 8)}
-INTEGER = ("int8", "int4")
+# codes that are unpacked to float32, for want of dp4a or of whole groups: more threads, or the vectors spill
+UNPACKED_LAUNCH = (32, 4, 1)
 
 
 class Scoring(NamedTuple):
@@ -246,9 +247,9 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     }  # fmt: skip
     per_head = group_reduce in ("softmax_mean", "shifted_max")
     rows = q.shape[0] * num_kv_heads
-    block_n, num_warps, blocks = SCORE_LAUNCH[
-        stats_dtype if constants["DP4A"] or stats_dtype not in INTEGER else "fp8"
-    ]
+    squared = score in ("diagonal", "moment")
+    unpacked = stats_dtype in ("int8", "int4") and (squared or not constants["DP4A"])
+    block_n, num_warps, blocks = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
     block_n = max(16, block_n * 128 // max(block_d, 64))
     # the query is prepared once per program: several blocks each, where programs are many
     if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
