@@ -308,3 +308,21 @@ def test_static_statistics_catch_up_with_tokens_that_others_appended():
             found = layer.index.refresh_static(layer.keys, tokens, layer.host_length, lens, None, None)
     expected = from_scratch(layer.keys[:, :, :29])
     assert same_stats([t if t is None else t[:, :, :8] for t in found], expected)
+
+
+def test_keys_that_somebody_assigns_get_new_statistics():
+    torch.manual_seed(3)
+    layers = [UniqueDynamicLayer(SETTINGS) for _ in range(2)]
+    keys, values = torch.randn(3, 2, 40, 32), torch.randn(3, 2, 40, 32)
+    new = torch.randn(3, 2, 1, 32)
+    order = torch.tensor([2, 0, 1])
+    for layer in layers:
+        layer.update(keys, values)
+        layer.index.refresh(layer.keys, None, None)
+    layers[0].batch_select_indices(order)
+    layers[1].keys, layers[1].values = layers[1].keys[order], layers[1].values[order]
+    found = []
+    for layer in layers:
+        layer.update(new, new)
+        found.append(layer.index.refresh(layer.keys, None, None))
+    assert torch.equal(found[0].codes.view(torch.uint8), found[1].codes.view(torch.uint8))

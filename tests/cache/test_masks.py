@@ -155,3 +155,16 @@ def test_float_masks_and_missing_masks_have_no_facts():
     assert facts_of(None, 2) is None
     assert facts_of(torch.zeros(2, 1, 1, 40), 2) is None
     assert facts_of(torch.empty(1, 1, 0, 0, dtype=torch.bool), 2) is None
+
+
+@pytest.mark.parametrize(("dims", "kind"), [((16, 64), "dense"), ((64, 512), "dense"), ((64, 64), "sparse")])
+def test_head_dims_without_a_kernel_stay_dense_where_kernels_run(dims, kind, monkeypatch):
+    from types import SimpleNamespace
+
+    from unique_attention.hf import modes
+
+    monkeypatch.setattr(modes, "use_triton", lambda *args: True)
+    module = SimpleNamespace(is_causal=True, config=SimpleNamespace(layer_types=None))
+    q, k, v = (torch.zeros(1, 2, n, d) for n, d in ((1, dims[0]), (9, dims[0]), (9, dims[1])))
+    mode = modes.decide(module, q, k, v, object(), None, {})
+    assert mode.kind == kind and mode.fallback == (kind == "dense")

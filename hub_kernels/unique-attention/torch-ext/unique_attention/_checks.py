@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .reference_stats import PageStats
-from .settings import STATS_DTYPES, vectors_per_page
+from .settings import STATS_DTYPES, VECTORS_PER_PAGE, vectors_per_page
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_CODES = {
+CODES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
@@ -68,16 +68,17 @@ def check_dims(*tensors: Tensor):
             raise ValueError("the last dim of keys and values must be contiguous; call `.contiguous()` first.")
 
 
+def fits_triton(*tensors: Tensor) -> bool:
+    """Whether the kernels take tensors of these head dims and dtypes."""
+    return all(MIN_HEAD_DIM <= x.shape[-1] <= MAX_HEAD_DIM and x.dtype in FLOATS for x in tensors)
+
+
 def check_triton_dims(*tensors: Tensor):
     for x in tensors:
-        if not MIN_HEAD_DIM <= x.shape[-1] <= MAX_HEAD_DIM:
+        if not fits_triton(x):
             raise NotImplementedError(
-                f"the Triton kernels take head dims from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {x.shape[-1]}; "
-                "use impl='reference' or dense attention."
-            )
-        if x.dtype not in FLOATS:
-            raise NotImplementedError(
-                f"the Triton kernels take fp16, bf16 or fp32, got {x.dtype}; use impl='reference'."
+                f"the Triton kernels take head dims from {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in fp16, bf16 or fp32, got "
+                f"{x.shape[-1]} in {x.dtype}; use impl='reference' or dense attention."
             )
 
 
@@ -88,6 +89,59 @@ def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
 def shared(lengths: Tensor | None) -> Tensor | None:
     """One element instead of an expanded one: compilers refuse to pass overlapping memory to a kernel."""
     return lengths[:1] if lengths is not None and lengths.stride(0) == 0 else lengths
+
+
+def dense_rows(x: Tensor | None) -> Tensor | None:
+    """A tensor whose last dim the kernels can step through one by one."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def kernel_rows(slots: int, seq_lens, seq_starts, token_mask=None, page_table=None) -> dict[str, Tensor | None]:
+    """Lengths, mask and page table as the kernels read them; slots that a narrow mask lacks do not count."""
+    if token_mask is not None:
+        if token_mask.dtype != torch.bool:
+            raise ValueError(f"`token_mask` must be bool, got {token_mask.dtype}; call `.bool()` first.")
+        if token_mask.shape[1] < slots:
+            token_mask = torch.nn.functional.pad(token_mask, (0, slots - token_mask.shape[1]))
+        if token_mask.stride(0) == 0:
+            token_mask = token_mask.contiguous()
+    return {
+        "seq_lens": shared(seq_lens),
+        "seq_starts": shared(seq_starts),
+        "token_mask": dense_rows(token_mask),
+        "page_table": dense_rows(page_table),
+    }
+
+
+def check_stats(stats: PageStats, *, score: str, stats_dtype: str, head_dim: int, num_kv_heads: int):
+    check_choice("score", score, tuple(VECTORS_PER_PAGE))
+    check_choice("stats_dtype", stats_dtype, STATS_DTYPES)
+    width = (head_dim + 1) // 2 if stats_dtype == "int4" else head_dim
+    got = (stats.codes.dtype, stats.codes.shape[1], *stats.codes.shape[-2:])
+    expected = (CODES[stats_dtype], num_kv_heads, vectors_per_page(score), width)
+    if got != expected or (stats.scales is None) != (stats_dtype in ("fp32", "bf16")):
+        raise ValueError(
+            f"expected statistics of score={score!r} stored as {stats_dtype!r}, head dim {head_dim}: codes of dtype, "
+            f"kv heads, vectors and width {expected}, got {got}. Make them with the same settings."
+        )
+    # codes of 8 and 4 bits are read as words of 4 bytes
+    steps = [n * stats.codes.element_size() for n in stats.codes.stride()[:-1]]
+    if stats.codes.stride(-1) != 1 or (head_dim % 32 == 0 and any(n % 4 for n in steps)):
+        raise ValueError("the vectors of the statistics must be contiguous and start at multiples of 4 bytes.")
+
+
+def check_query(q: Tensor, k: Tensor, batch: int):
+    check_heads(q, k.shape[1])
+    if q.shape[-1] != k.shape[-1] or q.shape[0] != batch:
+        raise ValueError(f"`q` {list(q.shape)} does not fit {batch} rows of keys with head dim {k.shape[-1]}.")
+
+
+def check_new(cache: Tensor, new: Tensor, name: str):
+    if cache.dtype != new.dtype or cache.shape[-1] != new.shape[-1] or cache.shape[1] != new.shape[1]:
+        raise ValueError(
+            f"new {name} {list(new.shape)} {new.dtype} do not fit the cache {list(cache.shape)} {cache.dtype}: "
+            "heads, head dim and dtype must agree."
+        )
 
 
 def empty_stats(
@@ -109,7 +163,7 @@ def empty_stats(
     check_choice("stats_dtype", stats_dtype, STATS_DTYPES)
     vectors = vectors_per_page(score)
     width = (head_dim + 1) // 2 if stats_dtype == "int4" else head_dim
-    codes = torch.empty((*shape, vectors, width), dtype=_CODES[stats_dtype], device=device)
+    codes = torch.empty((*shape, vectors, width), dtype=CODES[stats_dtype], device=device)
     scales = None
     if stats_dtype in ("fp8", "int8", "int4"):
         groups = (head_dim + 31) // 32 if stats_dtype == "int4" else 1

@@ -61,11 +61,11 @@ def stride_of(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 1 else tensor.stride(0)
 
 
-def page_strides(tensor: torch.Tensor, paged: bool, page_dim: int = 2) -> tuple[int, int, int]:
+def page_strides(tensor: torch.Tensor, paged: bool) -> tuple[int, int, int]:
     """Strides (row, head, page) of per-page storage `[B, HK, N, ...]`; with a page table `[num_pages, HK, ...]`."""
     if paged:
         return 0, tensor.stride(1), tensor.stride(0)
-    return tensor.stride(0), tensor.stride(1), tensor.stride(page_dim)
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
 def token_strides(tensor: torch.Tensor, paged: bool, page_size: int) -> tuple[int, int, int, int]:
@@ -76,12 +76,18 @@ def token_strides(tensor: torch.Tensor, paged: bool, page_size: int) -> tuple[in
 
 
 @triton.jit
+def row_length(len_ptr, stride_len, b, capacity, HAS_LENS: tl.constexpr):
+    """Slots in use of row `b` as given, which may be more than there are."""
+    length = capacity
+    if HAS_LENS:
+        length = tl.load(len_ptr + b * stride_len).to(tl.int32)
+    return length
+
+
+@triton.jit
 def row_end(len_ptr, stride_len, b, capacity, HAS_LENS: tl.constexpr):
     """One past the last slot in use of row `b`."""
-    end = capacity
-    if HAS_LENS:
-        end = tl.minimum(tl.load(len_ptr + b * stride_len).to(tl.int32), capacity)
-    return end
+    return tl.minimum(row_length(len_ptr, stride_len, b, capacity, HAS_LENS), capacity)
 
 
 @triton.jit

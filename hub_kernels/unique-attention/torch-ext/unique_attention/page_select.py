@@ -18,6 +18,8 @@ import triton.language as tl
 from ._common import row_end, row_start, stride_of
 
 LOWEST = tl.constexpr(-2147483648)
+# pages that are searched one by one; counts of them share 32 bits
+MAX_CANDIDATES = 16384
 
 
 @triton.jit
@@ -29,8 +31,9 @@ def ordered(x):
 
 @triton.jit
 def _load_keys(values_ptr, index, mask):
-    """Ordered keys, the lowest outside the mask."""
-    return tl.where(mask, ordered(tl.load(values_ptr + index, mask=mask, other=0.0)), LOWEST)
+    """Ordered keys, the lowest outside the mask; NaN ranks as -inf, and the two zeros are one."""
+    x = tl.load(values_ptr + index, mask=mask, other=0.0)
+    return tl.where(mask, ordered(tl.where(x == x, x, float("-inf")) + 0.0), LOWEST)
 
 
 @triton.jit
@@ -238,8 +241,15 @@ def plan_selection(num_pages: int, num_scored: int) -> SelectPlan:
     groups = max(16, triton.next_power_of_2(num_scored))
     # as many peaks as pages to search after them
     group_size = 2
-    while group_size < 16 and group_size * group_size * groups * 2 < num_pages:
+    while (
+        group_size < 16 and group_size * group_size * groups * 2 < num_pages and groups * group_size < MAX_CANDIDATES
+    ):
         group_size *= 2
+    if groups * group_size > MAX_CANDIDATES:
+        raise NotImplementedError(
+            f"the Triton selection keeps at most {MAX_CANDIDATES // 2} scored pages, got {num_scored}; use a larger "
+            "`page_size` or a smaller `budget`, or impl='reference'."
+        )
     num_peaks = triton.cdiv(num_pages, group_size)
     tile = 512 if num_peaks <= 512 else 2048
     return SelectPlan(group_size, groups, tile, num_peaks <= tile)

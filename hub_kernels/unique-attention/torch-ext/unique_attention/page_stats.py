@@ -23,6 +23,7 @@ from ._common import (
     physical_page,
     round_up_bf16,
     row_end,
+    row_length,
     row_start,
     stride_of,
     token_strides,
@@ -85,17 +86,17 @@ def _store_codes(
 def refresh_pages(
     k_ptr, k_new_ptr, v_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr, mask_ptr, table_ptr, stride_table,
     stride_kp, stride_kt, stride_nt, stride_vp, stride_vt, stride_wt, stride_cp, stride_cv, stride_sp, stride_sv,
-    stride_dp, b, page_begin, last_page, start, end, num_new,
+    stride_dp, b, page_begin, first_page, last_page, start, end, first_new,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BDV: tl.constexpr,
     NG: tl.constexpr, NPG: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, APPEND: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 1 for pages `page_begin .. page_begin + NPG - 1` of a row, after writing the new tokens that fall there.
+    """Eq. 1 for pages `page_begin .. page_begin + NPG - 1` of a row, after writing the tokens from `first_new` on.
 
     The pointers are those of the row.
     """
     pages = page_begin + tl.arange(0, NPG)
-    mask_page = pages < last_page
+    mask_page = (pages >= first_page) & (pages < last_page)
     physical = physical_page(table_ptr, stride_table, b, pages, mask_page, HAS_TABLE)
     slots = pages[:, None] * P + tl.arange(0, P)[None, :]  # [NPG, P]
     valid = mask_page[:, None] & (slots >= start) & (slots < end)
@@ -110,7 +111,6 @@ def refresh_pages(
     token_k = physical[:, None] * stride_kp + offs_t * stride_kt
     where_k = k_ptr + token_k[:, :, None, None] + dims
     if APPEND:
-        first_new = end - num_new
         is_new = mask_page[:, None] & (slots >= first_new) & (slots < end)
         new_mask = is_new[:, :, None, None] & mask_dim
         token_n = (slots - first_new).to(tl.int64) * stride_nt
@@ -154,7 +154,7 @@ def refresh_pages(
     tl.store(spread_ptr + physical * stride_dp, total.to(spread_ptr.dtype.element_ty), mask=mask_page)
 
 
-@triton.jit(do_not_specialize=["num_pages", "num_new", "capacity"])
+@triton.jit(do_not_specialize=["num_pages", "num_new", "capacity", "stride_mask", "stride_table"])
 def _page_stats_fwd_kernel(
     k_ptr, k_new_ptr, v_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
     len_ptr, start_ptr, mask_ptr, table_ptr,
@@ -181,10 +181,17 @@ def _page_stats_fwd_kernel(
     pid_b = tl.program_id(2).to(tl.int64)
     end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
+    # a length beyond the capacity: the tokens that do not fit are dropped
+    first_new = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS) - num_new
     page_begin = tl.program_id(0) * NPG
+    first_page = 0
     last_page = num_pages
     if ONLY_NEW:
-        page_begin += tl.maximum(end - num_new, 0) // P
+        page_begin += tl.maximum(first_new, 0) // P
+        last_page = tl.minimum(num_pages, tl.cdiv(end, P))
+    elif HAS_TABLE:
+        # entries of the table outside the row name nothing
+        first_page = start // P
         last_page = tl.minimum(num_pages, tl.cdiv(end, P))
     if page_begin < last_page:
         row_s = scales_ptr
@@ -205,7 +212,7 @@ def _page_stats_fwd_kernel(
             codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
             spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_mask, table_ptr, stride_table,
             stride_kp, stride_kt, stride_nt, stride_vp, stride_vt, stride_wt, stride_cp, stride_cv, stride_sp,
-            stride_sv, stride_dp, pid_b, page_begin, last_page, start, end, num_new,
+            stride_sv, stride_dp, pid_b, page_begin, first_page, last_page, start, end, first_new,
             P, D, DV, C, BC, BDV, NG, NPG, KIND, FORM, APPEND, HAS_MASK, HAS_TABLE,
         )  # fmt: skip
 

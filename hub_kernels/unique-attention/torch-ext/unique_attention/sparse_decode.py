@@ -140,7 +140,7 @@ def split_of(listed, split, SPLITS: tl.constexpr, PAGES_PER_TILE: tl.constexpr):
     return first, tl.minimum(first + share, listed)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "stride_mask", "stride_table"])
 def _sparse_decode_fwd_kernel(
     q_ptr, k_ptr, v_ptr, ids_ptr, out_ptr, acc_ptr, ml_ptr, counter_ptr, sinks_ptr,
     len_ptr, start_ptr, mask_ptr, table_ptr,
@@ -181,13 +181,12 @@ def _sparse_decode_fwd_kernel(
 
 
 class Launch(NamedTuple):
-    """Tile, pipeline depth, warps, programs per row and register limit (0: none) of a decode call."""
+    """Tile, pipeline depth, warps and programs per row of a decode call."""
 
     block_t: int
     stages: int
     num_warps: int
     splits: int
-    max_registers: int = 0
 
 
 def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launch:
@@ -217,7 +216,6 @@ class Attending(NamedTuple):
     tensors: tuple
     strides: tuple
     constants: dict
-    splits: int
 
 
 def plan_attention(
@@ -249,7 +247,6 @@ def plan_attention(
             "HAS_LENS": seq_lens is not None, "HAS_STARTS": seq_starts is not None, "HAS_MASK": token_mask is not None,
             "HAS_TABLE": paged, "HAS_SOFTCAP": softcap is not None, "HAS_SINKS": sinks is not None,
         },
-        launch.splits,
     )  # fmt: skip
 
 

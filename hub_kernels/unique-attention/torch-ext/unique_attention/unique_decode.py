@@ -1,4 +1,4 @@
-"""One decode step in two launches: append and score (Eq. 1 to 3), then select and attend (Eq. 4 and 5).
+"""One decode step: append and score (Eq. 1 to 3) in one launch, select and attend (Eq. 4 and 5) in the next.
 
 The second launch may start while the first drains. A row that is split over several programs repeats the (cheap)
 selection in each of them, and each takes a slice of the result. May import torch, triton and the other kernels.
@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import FP8, row_end, row_start, stride_of, target_of, token_strides
+from ._common import FP8, row_end, row_length, row_start, stride_of, target_of, token_strides
 from .page_score import page_scores, plan_scoring, score_blocks, stats_arguments
 from .page_select import list_all, plan_selection, select_row, write_peaks
 from .page_stats import append_tokens, refresh_pages
 from .sparse_decode import attend_pages, capacity_of, finish_row, launch_decode, plan_attention, row_bytes, split_of
 
 
-@triton.jit(do_not_specialize=["num_pages", "num_peaks", "capacity", "dense_pages"])
+@triton.jit(do_not_specialize=["num_pages", "num_peaks", "capacity", "dense_pages", "stride_mask", "stride_table"])
 def _unique_score_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_new_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr, scores_ptr, peaks_ptr,
     len_ptr, start_ptr, mask_ptr, table_ptr,
@@ -47,7 +47,8 @@ def _unique_score_fwd_kernel(
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     row = pid_b * tl.num_programs(1) + pid_h
-    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    length = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    end = tl.minimum(length, capacity)
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
     last_page = tl.cdiv(end, P)
     first_page = tl.minimum(start // P, last_page)
@@ -57,7 +58,8 @@ def _unique_score_fwd_kernel(
         row_s += pid_b * stride_sb + pid_h * stride_sh
     row_d = spread_ptr + pid_b * stride_db + pid_h * stride_dh
     begin = pid * (BLOCK_N * BLOCKS)
-    if begin < last_page and last_page - first_page > dense_pages:
+    inside = begin < last_page and begin + BLOCK_N * BLOCKS > first_page
+    if inside and last_page - first_page > dense_pages:
         score_blocks(
             q_ptr + pid_b * stride_qb, row_c, row_s, row_d, scores_ptr + row * num_pages, peaks_ptr + row * num_peaks,
             table_ptr, stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, 0, stride_table,
@@ -75,12 +77,12 @@ def _unique_score_fwd_kernel(
                 v_ptr + pid_b * stride_vb + pid_h * stride_vh, v_new_ptr + pid_b * stride_wb + pid_h * stride_wh,
                 row_c, row_s, row_d, row_mask, table_ptr, stride_table,
                 stride_kp, stride_kt, 0, stride_vp, stride_vt, 0, stride_cp, stride_cv, stride_sp, stride_sv,
-                stride_dp, pid_b, (end - 1) // P, last_page, start, end, 1,
+                stride_dp, pid_b, (end - 1) // P, 0, last_page, start, end, length - 1,
                 P, D, DV, C, BC, BDV, NG, 1, KIND, FORM, True, HAS_MASK, HAS_TABLE,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_pages", "num_peaks", "capacity", "dense_pages"])
+@triton.jit(do_not_specialize=["num_pages", "num_peaks", "capacity", "dense_pages", "stride_mask", "stride_table"])
 def _unique_decode_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, len_ptr, start_ptr, mask_ptr, table_ptr,
     scores_ptr, peaks_ptr, ids_ptr, groups_ptr,
@@ -190,7 +192,6 @@ def _launch_attend(call, scratch, page_ids, launch, selection, *, config, capaci
         K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), SINK=config.sink_pages, RECENT=config.recent_pages,
         GS=selection.group_size, GROUPS=selection.groups, TILE=selection.tile, SINGLE=selection.single,
         **call.constants, PDL=pdl, num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
-        **({"maxnreg": launch.max_registers} if launch.max_registers else {}),
     )  # fmt: skip
 
 

@@ -59,7 +59,9 @@ def unique_attention_forward(
         scaling = query.shape[-1] ** -0.5
     layer = layer_of(key, value)
     call = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-    mode = decide(module, query, key, layer, attention_mask, {**kwargs, "is_causal": is_causal, "dropout": dropout})
+    mode = decide(
+        module, query, key, value, layer, attention_mask, {**kwargs, "is_causal": is_causal, "dropout": dropout}
+    )
     if mode.kind == SOFT and not settings_of(module.config).soft_mask:
         mode = Mode(DENSE, "the soft mask is switched off")
     if mode.kind != DENSE and kwargs.get("output_attentions"):

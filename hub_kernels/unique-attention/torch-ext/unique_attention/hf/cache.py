@@ -135,6 +135,9 @@ class UniqueDynamicLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         end = length + key_states.shape[2]
+        if self._views is not None and (self._views[0] is not self.keys or self._views[1] is not self.values):
+            # somebody assigned the tensors: what the pages hold is not known any more
+            self.index.forget()
         if not self._owns_buffers() or self._buffers[0].shape[2] < end or not self._suits(key_states, value_states):
             self._reserve(key_states, value_states, spare_capacity(end, self.index.settings.page_size))
         self._buffers[0][:, :, length:end].copy_(key_states)

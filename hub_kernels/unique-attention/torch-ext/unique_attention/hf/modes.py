@@ -1,6 +1,6 @@
 """Which path a call of the attention function takes, and why: one decision for attention, check and report.
 
-Imports torch only.
+Imports torch and the checks of the operations only.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+
+from .._checks import fits_triton, use_triton
 
 SPARSE, PREFILL, SOFT, DENSE = "sparse", "prefill", "soft", "dense"
 
@@ -72,6 +74,7 @@ def decide(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
+    value: torch.Tensor,
     layer: Any,
     attention_mask: torch.Tensor | None,
     kwargs: dict[str, Any],
@@ -82,6 +85,7 @@ def decide(
         module (`torch.nn.Module`): The attention module.
         query (`torch.Tensor`): `[B, H, T, D]`.
         key (`torch.Tensor`): `[B, HK, S, D]`.
+        value (`torch.Tensor`): `[B, HK, S, DV]`.
         layer (`UniqueDynamicLayer` or `UniqueStaticLayer`, *optional*): The layer that keys and values come from.
         attention_mask (`torch.Tensor`, *optional*): 4-D mask.
         kwargs (`dict`): Keywords of the call.
@@ -91,6 +95,9 @@ def decide(
     mode = dense_reason(module, kwargs)
     if mode is not None:
         return mode
+    if use_triton(query, None) and not fits_triton(key, value):
+        dims = f"head dims {key.shape[-1]} and {value.shape[-1]} in {query.dtype}"
+        return Mode(DENSE, f"{dims}, for which there is no kernel", fallback=True)
     float_mask = attention_mask is not None and attention_mask.dtype != torch.bool
     if query.shape[2] > 1:
         learning = torch.is_grad_enabled() and query.requires_grad
