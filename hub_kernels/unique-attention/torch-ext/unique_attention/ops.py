@@ -207,7 +207,7 @@ def sparse_decode(
     slots = k.shape[2] if page_table is None else page_table.shape[1] * page_size
     check_query(q, k, k.shape[0] if page_table is None else page_table.shape[0])
     settings |= kernel_rows(slots, seq_lens, seq_starts, token_mask, page_table) | {"sinks": dense_rows(sinks)}
-    page_ids = dense_rows(page_ids)
+    page_ids = page_ids.contiguous()
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
     return kernels("sparse_decode").sparse_decode(q, k, v, page_ids, out, **settings)
 
@@ -265,7 +265,7 @@ def unique_decode(
     score = config.score
     if new is not None and seq_lens is None:
         raise ValueError("`new` needs `seq_lens`, the slots in use with the new token included.")
-    if new is not None and not use_triton(q, impl, score):
+    if new is not None and seq_lens is not None and not use_triton(q, impl, score):
         append_tokens(
             k, v, stats, *new, seq_lens, page_size=config.page_size, score=score, stats_dtype=config.stats_dtype,
             seq_starts=seq_starts, token_mask=token_mask, page_table=page_table, impl="reference",
