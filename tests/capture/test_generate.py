@@ -80,10 +80,10 @@ def test_greedy_tokens_of_66_steps(padding):
 def test_a_recorded_step_builds_no_mask(monkeypatch):
     masks, original = [], unique_attention_forward.__globals__["decide"]
 
-    def decide(module, query, key, layer, attention_mask, kwargs):
+    def decide(module, query, key, value, layer, attention_mask, kwargs):
         if query.shape[2] == 1:
             masks.append((torch.cuda.is_current_stream_capturing(), attention_mask is None))
-        return original(module, query, key, layer, attention_mask, kwargs)
+        return original(module, query, key, value, layer, attention_mask, kwargs)
 
     monkeypatch.setitem(unique_attention_forward.__globals__, "decide", decide)
     with recording_on_cpu():
