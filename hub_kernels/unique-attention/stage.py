@@ -21,18 +21,20 @@ HERE = Path(__file__).resolve().parent
 
 
 def stage(out: Path) -> list[Path]:
-    """Write `<out>/build/torch-<backend>/` for every backend of build.toml, and the card beside it.
+    """Write `<out>/build/torch-<backend>/` for every backend of build.toml, and the card and benchmarks beside it.
 
     Args:
-        out (`Path`): Folder to fill; an earlier `build` in it is replaced.
+        out (`Path`): Folder to fill; an earlier `build` or `benchmarks` in it is replaced.
 
     Returns:
         `list[Path]`: The variant folders.
     """
     general = tomllib.loads((HERE / "build.toml").read_text())["general"]
     package = HERE / "torch-ext" / general["name"].replace("-", "_")
-    shutil.rmtree(out / "build", ignore_errors=True)
+    for folder in ("build", "benchmarks"):
+        shutil.rmtree(out / folder, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(HERE / "benchmarks", out / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HERE / "CARD.md", out / "README.md")
     shutil.copy(HERE / "build.toml", out / "build.toml")
     variants = []
