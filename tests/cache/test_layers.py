@@ -296,7 +296,30 @@ def test_static_layer_holds_what_its_parent_holds(awake):
         expected = from_scratch(parent.keys[:, :, :27])
         assert same_stats([t if t is None else t[:, :, :7] for t in ours.index.stats], expected)
     ours.reset()
-    assert ours.host_length == 0 and ours.index.stats is None
+    assert ours.host_length == 0 and ours.index.covered == 0
+
+
+def test_static_reset_keeps_the_storage_for_the_next_prompt():
+    layer = UniqueStaticLayer(64, settings=SETTINGS)
+
+    def read(tokens, starts):
+        layer.update(*states(tokens))
+        lens = layer.cumulative_length.expand(2)
+        return layer.index.refresh_static(layer.keys, tokens, layer.host_length, lens, None, starts)
+
+    before = read(40, torch.tensor([9, 0], dtype=torch.int32))
+    layer.index.seq_starts, layer.index.starts_host = torch.tensor([9, 0]), [9, 0]
+    layer.reset()
+    assert layer.index.seq_starts is None and layer.index.starts_host is None
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    found = read(21, starts)
+    assert all(a is b for a, b in zip(found, before)), "compiled steps know these addresses"
+    expected = from_scratch(layer.keys[:, :, :21], seq_starts=starts)
+    assert same_stats([t if t is None else t[:, :, :6] for t in found], expected)
+    layer.reset()
+    # nothing is stored under the page size any more
+    layer.index.wake(SETTINGS.replace(page_size=8, budget=32))
+    assert read(21, None).spread.shape[2] == 8
 
 
 def test_static_statistics_catch_up_with_tokens_that_others_appended():

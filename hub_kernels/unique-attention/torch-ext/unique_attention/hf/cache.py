@@ -344,9 +344,9 @@ class UniqueStaticLayer(StaticLayer):
         return tag(keys, self), tag(values, self)
 
     def reset(self) -> None:
-        """Zero the cache; the statistics are rebuilt by the next call that needs them."""
+        """Zero the cache; the statistics keep their storage, whose address compiled steps know, for the next prompt."""
         super().reset()
-        self.index.clear()
+        self.index.restart()
         self.host_length = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

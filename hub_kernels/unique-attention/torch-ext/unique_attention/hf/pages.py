@@ -70,7 +70,7 @@ class PageIndex:
             return
         key = (settings.page_size, settings.score, settings.stats_dtype)
         if self.built_with is not None and key != self.built_with:
-            if key[0] != self.built_with[0]:
+            if key[0] != self.built_with[0] and self.covered:
                 raise ValueError(
                     f"expected page_size={self.built_with[0]}, with which this cache was filled, got "
                     f"page_size={key[0]}: start a new cache (past_key_values=None), or configure the model back"
@@ -87,6 +87,10 @@ class PageIndex:
         """Forget everything about the tokens seen (the settings stay)."""
         self.forget()
         self.seq_starts = self.starts_host = None
+
+    def restart(self) -> None:
+        """No tokens any more; the statistics keep their storage."""
+        self.covered, self.seq_starts, self.starts_host = 0, None, None
 
     def shorten(self, length: int) -> None:
         """The keys were cropped to `length` tokens; the next append rewrites the page that lost some of its tokens."""
