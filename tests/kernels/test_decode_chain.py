@@ -218,18 +218,18 @@ def test_unique_decode_is_the_chain_of_its_parts(case):
     assert (out - parts).abs().max() <= 8 * torch.finfo(case.dtype).eps * parts.abs().max()
 
 
-def test_rows_of_at_most_dense_below_tokens_attend_to_everything():
+@pytest.mark.parametrize("dense_below", [0, 16, 40, 55, 59, 60, 71, 400])
+def test_rows_of_at_most_dense_below_tokens_attend_to_everything(dense_below):
     case = Case(S=70, K=4)
     t = case.tensors()
     stats = reference_stats(case, t)
-    settings = {"config": case.config} | some(t, LENGTHS)
-    out = ops.unique_decode(*(t[n] for n in "qkv"), stats, **settings, dense_below=60, impl="triton")
-    everything = case.config.replace(budget=case.P * 32)
-    dense = ops.unique_decode(*(t[n] for n in "qkv"), stats, **(settings | {"config": everything}), impl="reference")
-    sparse = ops.unique_decode(*(t[n] for n in "qkv"), stats, **settings, impl="reference")
-    # row 0 has 70 tokens, row 1 has 52
-    assert torch.allclose(out[0], sparse[0], atol=1e-5) and torch.allclose(out[1], dense[1], atol=1e-5)
-    assert not torch.allclose(out[0], dense[0], atol=1e-3) and not torch.allclose(sparse[1], dense[1], atol=1e-3)
+    settings = {"config": case.config, "dense_below": dense_below, "return_page_ids": True} | some(t, LENGTHS)
+    out, page_ids = ops.unique_decode(*(t[n] for n in "qkv"), stats, **settings, impl="triton")
+    expected, expected_ids = ops.unique_decode(*(t[n] for n in "qkv"), stats, **settings, impl="reference")
+    # row 0 has 70 tokens in 18 pages, row 1 has 52 in 14 pages
+    assert torch.equal(page_ids, expected_ids)
+    assert ((page_ids == -1).all(2).all(1)).tolist() == [dense_below >= 72, dense_below >= 56]
+    assert torch.allclose(out, expected, atol=1e-5)
 
 
 def test_counters_are_left_zeroed_and_can_be_used_again():

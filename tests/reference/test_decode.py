@@ -48,6 +48,27 @@ def test_rows_are_dense_exactly_up_to_the_boundary(budget_pages):
     assert torch.allclose(out, dense, atol=1e-12) == (budget_pages >= 16)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_short_rows_are_dense_below_the_threshold(padded):
+    q, k, v = inputs(batch=4, slots=64)
+    lens = {"seq_lens": torch.tensor([22, 40, 45, 64])}  # 6, 10, 12 and 16 pages
+    if padded:
+        lens["seq_starts"] = torch.tensor([0, 3, 11, 20])  # 6, 10, 10 and 11 pages
+    dense = step(q, k, v, SMALL.replace(budget=64), **lens)
+    sparse, kept = step(q, k, v, **lens, return_page_ids=True)
+    out, ids = step(q, k, v, **lens, return_page_ids=True, dense_below=43)  # 10 whole pages
+    is_dense = [True, True, padded, False]
+    for row, whole in enumerate(is_dense):
+        torch.testing.assert_close(out[row], (dense if whole else sparse)[row])
+        # a row of at most K pages has them all listed either way; the other dense ones have no selection
+        assert torch.equal(ids[row], torch.full_like(kept[row], -1) if whole and row else kept[row])
+    assert not torch.allclose(sparse[1:], dense[1:], atol=1e-3)
+    # below the budget the threshold changes nothing
+    torch.testing.assert_close(step(q, k, v, **lens, dense_below=20), sparse)
+    # and beyond the capacity all rows are dense
+    torch.testing.assert_close(step(q, k, v, **lens, dense_below=1000), dense)
+
+
 def test_decode_differs_from_dense_when_pages_are_dropped():
     q, k, v = inputs()
     dense = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)

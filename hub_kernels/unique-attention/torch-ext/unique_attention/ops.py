@@ -248,7 +248,8 @@ def unique_decode(
         softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
         sinks (`torch.Tensor`, *optional*): `[H]` an extra logit per head in the denominator.
         return_page_ids (`bool`, *optional*, defaults to `False`): Return `[B, HK, K]` int32 too.
-        dense_below (`int`, *optional*, defaults to 0): Rows of at most this many tokens are dense (Triton).
+        dense_below (`int`, *optional*, defaults to 0): Rows of at most `dense_below // P` pages attend to all of
+            them; the page ids of those with more than K are `-1`.
         counters (`torch.Tensor`, *optional*): `[B * HK]` int32 zeros, left zeroed; spares a fill a call.
             One tensor per stream.
         new (`tuple`, *optional*): Keys `[B, HK, 1, D]` and values `[B, HK, 1, DV]` of this token, not
@@ -274,7 +275,7 @@ def unique_decode(
         return reference.unique_decode(
             q, k, v, stats, config=config, softmax_scale=softmax_scale, seq_lens=seq_lens, seq_starts=seq_starts,
             token_mask=token_mask, page_table=page_table, softcap=softcap, sinks=sinks,
-            return_page_ids=return_page_ids,
+            return_page_ids=return_page_ids, dense_below=dense_below,
         )  # fmt: skip
     check_query(q, k, k.shape[0] if page_table is None else page_table.shape[0])
     check_dims(k, v, *(new or ()))

@@ -18,10 +18,11 @@ Imports torch and settings only; no kernel imports it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reference_attention import soft_mask_attention, sparse_decode
-from .reference_pages import append_tokens, page_stats
+from .reference_pages import append_tokens, page_bounds, page_stats, row_bounds
 from .reference_scores import group_vote, head_scores, page_scores, select_pages
 from .reference_stats import (
     Moments,
@@ -71,6 +72,7 @@ def unique_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_page_ids: bool = False,
+    dense_below: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Score, vote, select and attend for the newest query: one decode step of UNIQUE attention.
 
@@ -90,12 +92,15 @@ def unique_decode(
         softcap (`float`, *optional*): Bound of the logits.
         sinks (`torch.Tensor`, *optional*): `[H]` extra logit per head.
         return_page_ids (`bool`, *optional*, defaults to `False`): Return the kept pages too.
+        dense_below (`int`, *optional*, defaults to 0): Rows of at most `dense_below // P` pages attend to all of them.
     Returns:
-        `torch.Tensor` `[B, H, 1, DV]` in the dtype of `q`, or a tuple of it and `[B, HK, K]` int32 page ids.
+        `torch.Tensor` `[B, H, 1, DV]` in the dtype of `q`, or a tuple of it and `[B, HK, K]` int32 page ids, all -1
+        for rows that attend to more than K pages.
     """
     num_pages = stats.spread.shape[-1] if page_table is None else page_table.shape[1]
     rows = {"page_size": config.page_size, "seq_lens": seq_lens, "seq_starts": seq_starts}
-    if num_pages <= config.num_kept:
+    dense_pages = dense_below // config.page_size
+    if num_pages <= max(config.num_kept, dense_pages):
         # every page of the row is kept whatever its score
         scores = torch.zeros(q.shape[0], k.shape[1], num_pages, device=q.device)
     else:
@@ -115,12 +120,15 @@ def unique_decode(
     page_ids = select_pages(
         scores, num_kept=config.num_kept, sink_pages=config.sink_pages, recent_pages=config.recent_pages, **rows
     )
+    attended = page_ids
+    if dense_pages > config.num_kept:
+        attended, page_ids = _with_dense_rows(page_ids, scores, dense_pages, rows)
     # ids come first in ascending order, so columns past the number of pages are padding
     out = sparse_decode(
         q,
         k,
         v,
-        page_ids[..., :num_pages],
+        attended[..., :num_pages],
         softmax_scale=softmax_scale,
         token_mask=token_mask,
         page_table=page_table,
@@ -129,3 +137,15 @@ def unique_decode(
         **rows,
     )
     return (out, page_ids) if return_page_ids else out
+
+
+def _with_dense_rows(page_ids: Tensor, scores: Tensor, dense_pages: int, rows: dict) -> tuple[Tensor, Tensor]:
+    """Pages to attend to, `[B, HK, dense_pages]`: all of a row that has no more, else its selection; ids to return."""
+    (batch, _, num_pages), num_kept = scores.shape, page_ids.shape[-1]
+    bounds = row_bounds(batch, num_pages * rows["page_size"], rows["seq_lens"], rows["seq_starts"], scores.device)
+    first, stop = page_bounds(*bounds, rows["page_size"])
+    count = (stop - first)[:, None, None]
+    everything = select_pages(scores, num_kept=dense_pages, sink_pages=0, recent_pages=0, **rows)
+    selected = F.pad(page_ids, (0, dense_pages - num_kept), value=-1)
+    dense = count <= dense_pages
+    return torch.where(dense, everything, selected), page_ids.masked_fill(dense & (count > num_kept), -1)
