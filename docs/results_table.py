@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+import readme
+
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 START, END = "<!-- results: docs/results_table.py --write -->", "<!-- end of results -->"
 # batch, context: the cases of the decode table
 SETTINGS = {(4, "int4"), (4, "fp8"), (8, "bf16"), (8, "int4"), (16, "int8"), (32, "int4")}
@@ -79,27 +79,5 @@ def render() -> str:
     return "\n".join([*decode_table(), "", *generate_table()])
 
 
-def insert(readme: str) -> str:
-    """README text with what is between the two markers replaced.
-
-    Args:
-        readme (`str`): The current text.
-    Returns:
-        `str`: The new text.
-    Raises:
-        ValueError: A marker is missing.
-    """
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"expected the markers {START!r} and {END!r} in {README.name}, found only part of them")
-    return f"{before}{START}\n{render()}\n{END}{after}"
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
-    if parser.parse_args().write:
-        README.write_text(insert(README.read_text()))
-    else:
-        print(render())
+    readme.main(__doc__ or "", START, END, render)

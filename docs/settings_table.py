@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-from pathlib import Path
+
+import readme
 
 from unique_attention import settings
 
-README = Path(__file__).resolve().parents[1] / "README.md"
 START, END = "<!-- settings: docs/settings_table.py --write -->", "<!-- end of settings -->"
 ARGUMENT = re.compile(r"^ {8}(\w+) \((.+?)\): (.+?)(?=^ {8}\w+ \(|^ {4}\w)", re.MULTILINE | re.DOTALL)
 
@@ -31,29 +30,5 @@ def render() -> str:
     return "\n".join(rows)
 
 
-def insert(readme: str) -> str:
-    """README text with the table between its two markers replaced.
-
-    Args:
-        readme (`str`): The current text.
-
-    Returns:
-        `str`: The new text.
-
-    Raises:
-        ValueError: A marker is missing.
-    """
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"expected the markers {START!r} and {END!r} in {README.name}, found only part of them")
-    return f"{before}{START}\n{render()}\n{END}{after}"
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="replace the table in README.md")
-    if parser.parse_args().write:
-        README.write_text(insert(README.read_text()))
-    else:
-        print(render())
+    readme.main(__doc__ or "", START, END, render)

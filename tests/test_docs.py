@@ -54,9 +54,15 @@ def test_card_names_every_public_op():
     assert public and not [name for name in public if f"`{name}`" not in card]
 
 
+def with_table(name):
+    """A command that prints README.md as `docs/<name>.py --write` would leave it."""
+    new = "r.insert(r.README.read_text(), t.START, t.END, t.render())"
+    return [sys.executable, "-c", f"import readme as r, {name} as t; print({new}, end='')"]
+
+
 def test_settings_table_is_current():
     done = subprocess.run(
-        [sys.executable, "-c", "import settings_table as t; print(t.insert(t.README.read_text()), end='')"],
+        with_table("settings_table"),
         capture_output=True, text=True, cwd=ROOT / "docs", env={"PYTHONPATH": f"{KERNEL.parent}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -67,8 +73,7 @@ def test_settings_table_is_current():
 
 
 def test_results_tables_are_current():
-    code = "import results_table as t; print(t.insert(t.README.read_text()), end='')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "docs")
+    done = subprocess.run(with_table("results_table"), capture_output=True, text=True, cwd=ROOT / "docs")
     assert done.returncode == 0, done.stderr
     assert done.stdout == (ROOT / "README.md").read_text(), "run docs/results_table.py --write"
     assert done.stdout.count("| 80 x 32,768 |") == 5
