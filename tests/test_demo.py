@@ -80,6 +80,20 @@ def test_questions_of_different_lengths_are_answered_as_one_by_one(model, hay, c
     assert cache.get_seq_length() == len(hay.input_ids) and cache.layers[0].keys.shape[0] == 1
 
 
+def test_several_contexts_are_answered_as_one_by_one(model, hay, cache):
+    other = hay.input_ids[::-1]
+    configure(model, budget=128)
+    both = retrieval.prefill(model, [hay.input_ids, other])
+    questions = hay.question_ids[:2]
+    together = retrieval.ask(model, both, questions * 2).ids
+    alone = [retrieval.ask(model, retrieval.prefill(model, ids), questions).ids for ids in (hay.input_ids, other)]
+    assert together == alone[0] + alone[1] and alone[0] != alone[1]
+    with pytest.raises(ValueError, match="equally many questions for each of 2 contexts, got 3"):
+        retrieval.ask(model, both, hay.question_ids[:3])
+    with pytest.raises(ValueError, match="contexts of one length"):
+        retrieval.prefill(model, [[1, 2], [3]])
+
+
 def test_answers_are_those_of_generate(pocket, model, hay, cache):
     model.set_attn_implementation("sdpa")
     answers = retrieval.ask(model, cache, hay.question_ids).ids

@@ -31,17 +31,24 @@ class Answers:
 
 @torch.no_grad()
 def prefill(
-    model: PreTrainedModel, input_ids: Sequence[int], on_layer: Callable[[], Any] | None = None
+    model: PreTrainedModel, input_ids: Sequence[Any], on_layer: Callable[[], Any] | None = None
 ) -> DynamicCache:
-    """Read a context with the model's attention, which is exact also in "unique".
+    """Read a context, or several of one length, with the model's attention, which is exact also in "unique".
 
     Args:
         model (`PreTrainedModel`): The model.
-        input_ids (`Sequence`): Tokens of the context.
+        input_ids (`Sequence`): Tokens of the context, or a sequence of contexts.
         on_layer (`Callable`, *optional*): Called after each decoder layer.
     Returns:
-        `DynamicCache`: One row, with page statistics when the model runs "unique".
+        `DynamicCache`: One row per context, with page statistics when the model runs "unique".
+    Raises:
+        ValueError: The contexts differ in length.
     """
+    rows = [list(row) for row in input_ids] if isinstance(input_ids[0], Sequence) else [list(input_ids)]
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(
+            f"expected contexts of one length, got {sorted({len(row) for row in rows})} tokens: read them one by one"
+        )
     cache = DynamicCache(config=model.config)
 
     def hook(*_: Any) -> None:
@@ -50,8 +57,7 @@ def prefill(
 
     hooks = [layer.register_forward_hook(hook) for layer in getattr(model.get_decoder(), "layers", ())]
     try:
-        ids = torch.tensor([list(input_ids)], device=model.device)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(torch.tensor(rows, device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
@@ -67,15 +73,16 @@ def ask(
     chunk: bool = False,
     on_step: Callable[[], Any] | None = None,
 ) -> Answers:
-    """Feed every question token by token after the same context and decode the answers greedily.
+    """Feed every question token by token after its context and decode the answers greedily.
 
-    The cache is copied, one row per question, and stays as it is. All rows take their steps together: a row whose
-    question is over feeds its own answer while longer questions are still being read, so questions of different
-    lengths need no padding.
+    The cache is copied, one row per question, and stays as it is. With several contexts every one has equally many
+    questions: first those of the first context, then those of the second, and so on. All rows take their steps
+    together: a row whose question is over feeds its own answer while longer questions are still being read, so
+    questions of different lengths need no padding.
 
     Args:
         model (`PreTrainedModel`): The model; its attention implementation decides whether the steps are sparse.
-        cache (`DynamicCache`): The context, one row.
+        cache (`DynamicCache`): Of `prefill`.
         questions (`Sequence`): Token ids of each question, at least one token.
         max_new_tokens (`int`, *optional*, defaults to 12): Longest answer.
         chunk (`bool`, *optional*, defaults to `False`): Read what all questions have, up to the last token of the
@@ -84,16 +91,18 @@ def ask(
     Returns:
         `Answers`: As many as questions.
     Raises:
-        ValueError: No question, or an empty one.
+        ValueError: No question, an empty one, or not equally many for every context.
     """
-    sizes = [len(question) for question in questions]
+    sizes, contexts = [len(question) for question in questions], cache.layers[0].keys.shape[0]
     if not sizes or min(sizes) < 1:
         raise ValueError(
             f"expected questions of at least one token each, got {sizes} tokens: leave out empty questions"
         )
+    if len(sizes) % contexts:
+        raise ValueError(f"expected equally many questions for each of {contexts} contexts, got {len(sizes)} in all")
     rows, longest = len(sizes), max(sizes)
     cache = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(rows)
+    cache.batch_repeat_interleave(rows // contexts)
     starts = torch.tensor([size - 1 for size in sizes], device=model.device)
     fed = torch.tensor([[*question] + [-1] * (longest - len(question)) for question in questions], device=model.device)
     ends = _end_tokens(model)

@@ -1,22 +1,17 @@
 """Accuracy of the pocket model under hard top-k, with the questions fed by decode, and paired tests between models.
 
-All questions of several haystacks are decoded in lockstep: contexts of equal length are prefilled together, every
-question is a row, and a row that has read its question goes on with its own answer while longer ones still read.
+Contexts of equal length are prefilled together; one prefill serves all budgets, every question is a row of its own.
 """
 
-import copy
 import functools
 import math
 import random
 from dataclasses import dataclass
 
-import torch
-
 import unique_hf
 from unique_hf.facts import encode_text, make_haystack
+from unique_hf.retrieval import ask, prefill
 from unique_hf.text import topics
-
-ANSWER_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -39,45 +34,6 @@ def haystacks(tokenizer, length, count, questions, split="test", seed=1000):
         missing = length - len(haystack.input_ids)
         found.append((filler[:missing] + haystack.input_ids, haystack))
     return found
-
-
-@torch.no_grad()
-def decode_in_lockstep(model, cache, question_ids):
-    """Greedy answers of rows that share nothing but the step, `[rows]` lists of token ids without the end token.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        cache (`DynamicCache`): One prefilled row per question; it is used up.
-        question_ids (`list[list[int]]`): Questions, of any lengths.
-    """
-    rows, longest = len(question_ids), max(len(ids) for ids in question_ids)
-    lengths = torch.tensor([len(ids) for ids in question_ids], device=model.device)
-    given = torch.zeros(rows, longest, dtype=torch.long)
-    for row, ids in enumerate(question_ids):
-        given[row, : len(ids)] = torch.tensor(ids)
-    given = given.to(model.device)
-    token, best = given[:, :1], []
-    for step in range(longest + ANSWER_TOKENS - 1):
-        logits = model(token, past_key_values=cache, use_cache=True).logits
-        best.append(logits[:, -1].argmax(-1))
-        token = best[-1][:, None]
-        if step + 1 < longest:
-            token = torch.where((step + 1 < lengths)[:, None], given[:, step + 1 : step + 2], token)
-    produced = torch.stack(best, dim=1).tolist()
-    end, answers = model.config.eos_token_id, []
-    for row, ids in zip(produced, question_ids):
-        answer = row[len(ids) - 1 : len(ids) - 1 + ANSWER_TOKENS]
-        answers.append(answer[: answer.index(end)] if end in answer else answer)
-    return answers
-
-
-@torch.no_grad()
-def _prefilled(model, contexts):
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    model(torch.tensor(contexts, device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
 
 
 def evaluate(model, tokenizer, cells, sizes, *, settings, rows_at_once, split="test"):
@@ -121,16 +77,14 @@ def _evaluate_part(model, tokenizer, part, cells, settings, dense, outcomes, rea
     try:
         if not dense:
             unique_hf.configure(model, **settings, budget=max(cell.budget for cell in cells))
-        cache = _prefilled(model, [ids for ids, _ in part])
+        cache = prefill(model, [ids for ids, _ in part])
         question_ids = [ids for _, haystack in part for ids in haystack.question_ids]
         expected = [answer for _, haystack in part for answer in haystack.answers]
         for cell in cells:
             if not dense:
                 unique_hf.configure(model, budget=cell.budget)
                 unique_hf.report(model, reset=True)
-            branch = copy.deepcopy(cache)
-            branch.batch_repeat_interleave(len(question_ids) // len(part))
-            answers = decode_in_lockstep(model, branch, question_ids)
+            answers = ask(model, cache, question_ids).ids
             right = [tokenizer.decode(ids).strip() == answer for ids, answer in zip(answers, expected)]
             outcomes[cell] += "".join("01"[ok] for ok in right)
             if not dense:
@@ -167,10 +121,9 @@ def recall(model, tokenizer, length, budget, settings, split="test"):
     questions = min(16, length // 128)
     [(ids, haystack)] = haystacks(tokenizer, length, 1, questions, split, seed=2000)
     unique_hf.configure(model, **settings, budget=budget, measure_recall=True)
-    cache = _prefilled(model, [ids])
-    cache.batch_repeat_interleave(questions)
+    cache = prefill(model, ids)
     unique_hf.report(model, reset=True)
-    decode_in_lockstep(model, cache, haystack.question_ids)
+    ask(model, cache, haystack.question_ids)
     found = unique_hf.report(model, reset=True).recall
     unique_hf.configure(model, measure_recall=False)
     return found

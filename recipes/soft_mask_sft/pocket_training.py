@@ -34,9 +34,14 @@ class Plan:
     lengths: dict
     dense_lengths: dict
     budgets: tuple  # least and most tokens kept
-    dense_share: float = 0.4
+    dense_share: float = 0.5
+    temperature: tuple = (0.5, 0.08)  # of the mask, first and last, in logits
     rate: float = 0.1  # share of the rates of the first training
     warmup: int = 10
+    # about twice the norm of a dense step: Muon's momentum averages gradients, and one masked step of a larger norm
+    # would decide alone where the next twenty updates go
+    clip: float = 0.1
+    mix: float = 1.0  # the result is start + mix (trained - start), weight by weight
 
 
 def spec_of(plan, seed, step):
@@ -52,6 +57,12 @@ def _build(plan, seed, step):
     return ids.astype(np.uint16), kinds
 
 
+def batches_file(plan, seed, folder):
+    """Where the batches of a seed lie; plans that draw the same batches share the file."""
+    key = zlib.crc32(repr((plan.steps, plan.tokens, plan.lengths, plan.dense_lengths, plan.dense_share)).encode())
+    return folder / f"batches_{seed}_{key:08x}.npz"
+
+
 def build_batches(plan, seed, folder, text_bytes, workers):
     """Writes all batches of a seed to `folder` and returns the file; a file that is there is kept.
 
@@ -62,8 +73,7 @@ def build_batches(plan, seed, folder, text_bytes, workers):
         text_bytes (`int`): How much of the machine's text to use.
         workers (`int`): Processes.
     """
-    key = zlib.crc32(repr((plan.steps, plan.tokens, plan.lengths, plan.dense_lengths, plan.dense_share)).encode())
-    file = folder / f"batches_{seed}_{key:08x}.npz"
+    file = batches_file(plan, seed, folder)
     if file.exists():
         return file
     tokenizer = load_tokenizer()
@@ -75,8 +85,24 @@ def build_batches(plan, seed, folder, text_bytes, workers):
         steps = range(plan.steps)
         for step, pair in zip(steps, pool.map(_build, [plan] * plan.steps, [seed] * plan.steps, steps)):
             arrays[f"ids{step}"], arrays[f"kinds{step}"] = pair
-    np.savez(file, **arrays)
-    return file
+    partial = file.with_suffix(".partial.npz")
+    np.savez(partial, **arrays)
+    return partial.replace(file)
+
+
+@torch.no_grad()
+def mixed(model, start, trained, factor):
+    """Sets the weights of `model` between those of two others; nothing is trained.
+
+    Equation: w = start + factor (trained - start).
+
+    Args:
+        model (`PreTrainedModel`): Its parameters are written, in their own dtype.
+        start (`dict`), trained (`dict`): Parameters by name, fp32.
+        factor (`float`): 0 is the start, 1 what was trained.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(start[name].lerp(trained[name], factor))
 
 
 def _optimizers(model, rate):
@@ -125,7 +151,7 @@ def train(model, plan, schedule: SoftMaskSchedule, batches, *, log_every=10):
         loss, stats = losses(logits, ids[:, 1:], kinds[:, 1:], TEXT_WEIGHT)
         loss.backward()
         del logits
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * _rate(step, plan)

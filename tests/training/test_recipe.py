@@ -8,6 +8,7 @@ import torch
 
 import unique_hf
 from tests.processes import ROOT, run_python
+from unique_hf import retrieval
 from unique_hf.schedule import SoftMaskSchedule
 
 pytest.importorskip("trl")
@@ -15,7 +16,7 @@ pytest.importorskip("trl")
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from recipes.pocket_lm.evaluate import answer_questions
-from recipes.soft_mask_sft import arms, card, pocket_quality, pocket_training, sft
+from recipes.soft_mask_sft import arms, card, experiment, pocket_quality, pocket_training, sft, tune
 from tests.training.tiny import make_model, make_tokenizer
 
 PLAN = pocket_training.Plan(
@@ -42,9 +43,7 @@ def test_lockstep_gives_the_answers_of_one_question_at_a_time(settings):
         unique_hf.configure(model, **settings)
     [(ids, haystack)] = pocket_quality.haystacks(make_tokenizer(), 384, 1, 3, seed=5)
     assert len(ids) == 384 and len({len(q) for q in haystack.question_ids}) > 1
-    cache = pocket_quality._prefilled(model, [ids])
-    cache.batch_repeat_interleave(3)
-    found = pocket_quality.decode_in_lockstep(model, cache, haystack.question_ids)
+    found = retrieval.ask(model, retrieval.prefill(model, ids), haystack.question_ids).ids
     haystack.input_ids[:] = ids
     assert found == answer_questions(model, haystack, feed="decode")
     assert bool(settings) == bool(unique_hf.report(model).sparse_rows)
@@ -93,12 +92,12 @@ def test_batches_depend_on_the_seed_alone(batches, tmp_path):
 def test_arms_train_as_they_are_called(arm, soft, batches):
     model = make_model()
     before, settings = model.model.layers[0].self_attn.q_proj.weight.clone(), unique_hf.configure(model)
-    task = arms.Task(arm, 0, ())
-    schedule = arms.schedule_of(task, PLAN, (1.0, 0.2))
+    task = experiment.Task(arm, 0, ())
+    schedule = experiment.schedule_of(task, PLAN)
     found = pocket_training.train(model, PLAN, schedule, batches)
     assert bool(found["soft_rows"]) == soft and not torch.equal(before, model.model.layers[0].self_attn.q_proj.weight)
     assert unique_hf.configure(model) == settings and not model.training
-    expected = 1e-4 if arm == "hard" else 1.0
+    expected = 1e-4 if arm == "hard" else 0.5
     assert found["curve"][0]["temperature"] == pytest.approx(expected)
 
 
@@ -109,11 +108,42 @@ def test_numbers_that_are_not_finite_stop_an_arm(batches):
         pocket_training.train(model, PLAN, SoftMaskSchedule(), batches)
 
 
+def test_mixing_goes_from_the_start_to_what_was_trained():
+    model, other = make_model(), make_model()
+    start, end = experiment._weights(model), experiment._weights(other)
+    end = {name: weight + 0.25 for name, weight in end.items()}
+    for factor, change in ((0.0, 0.0), (0.5, 0.125), (1.0, 0.25)):
+        pocket_training.mixed(model, start, end, factor)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), start[name] + change)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+def row(schedule, mix, dense, long, sparse):
+    accuracy = {"16384/dense": dense, "32768/dense": long, "16384/512": sparse}
+    return {"schedule": schedule, "mix": mix, "page_size": 16, "accuracy": accuracy}
+
+
+def test_the_choice_keeps_dense_accuracy_first():
+    start, best = row("start", 0.0, 0.998, 1.0, 0.83), row("a", 0.75, 0.993, 0.996, 0.93)
+    rows = [
+        start,
+        row("a", 0.5, 0.998, 1.0, 0.90),
+        best,
+        row("a", 1.0, 0.998, 0.99, 0.97),
+        row("b", 1.0, 0.9, 1, 0.99),
+    ]
+    assert tune.choose(rows, "16384/512") is best
+    assert tune.choose([start, *rows[3:]], "16384/512") is rows[3]
+    assert tune.choose([start], "16384/512") is None
+    assert "--temperature 0.5 0.08" in tune.options_of(PLAN, 0.75) and "--mix 0.75" in tune.options_of(PLAN, 0.75)
+
+
 def test_every_task_has_a_name_of_its_own_and_two_seeds():
-    names = [task.name for task in arms.tasks()]
+    names = [task.name for task in experiment.tasks()]
     assert len(set(names)) == len(names)
     for name in names:
-        assert name == "start-s0" or name[:-1] + "01"[name[-1] == "0"] in names
+        assert name.startswith("start-") or name[:-1] + "01"[name[-1] == "0"] in names
 
 
 def test_smoke_arms_run_resume_and_ship(tmp_path):
@@ -135,7 +165,7 @@ arms.main()"""
     shown = " ".join(run_python(code))
     assert "FAILED" not in shown
     with pytest.raises(ValueError, match="expected results of the same plan"):
-        arms.earlier(out / "arms.json", arms.H200, (0.5, 0.08), "test")
+        arms.earlier(out / "arms.json", experiment.H200, "test")
     results = json.loads((out / "arms.json").read_text())
     assert {r["task"] for r in results["records"]} == {"soft-p16-s0", "dense-s0"}
     assert sum(r["task"] == "soft-p16-s0" for r in results["records"]) == 1, "resumed arms are not run again"

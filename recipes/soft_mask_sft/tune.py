@@ -1,0 +1,165 @@
+"""Chooses a plan for the arms on validation facts: a few schedules for one arm, each at several mixing factors.
+
+    python -m recipes.soft_mask_sft.tune --out OUT --minutes 4
+    python -m recipes.soft_mask_sft.arms --out OUT --tuning OUT/tune.json $(cat OUT/chosen.txt)
+
+The rule, fixed before any result: of all that lose at most half a point of dense accuracy at every length, the one
+with the highest hard top-k accuracy at 3 % of 16k; if nothing qualifies, the one that loses least.
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import as_completed
+from dataclasses import replace
+
+from recipes.soft_mask_sft.arms import PLANNED, add_options, environment
+from recipes.soft_mask_sft.experiment import PRESETS, Task, Workers, _tokenizer, trained
+from recipes.soft_mask_sft.pocket_quality import evaluate
+from recipes.soft_mask_sft.pocket_training import mixed
+from unique_hf.table import render
+
+FACTORS = (0.5, 0.75, 1.0)
+ALLOWED_LOSS = 0.005
+HALF = {"tokens": 32768, "steps": 300}
+# what differs from the preset's plan; the first ones are run first
+SCHEDULES = {
+    "plan": {},
+    "half": HALF,
+    "wide": {"temperature": (1.0, 0.15)},
+    "half-rate2": {**HALF, "rate": 0.2},
+    "half-wide": {**HALF, "temperature": (1.0, 0.15)},
+    "unclipped": {"clip": 1.0},
+    "half-dense7": {**HALF, "dense_share": 0.7},
+    "half-slow": {**HALF, "rate": 0.05},
+}
+
+
+def run_schedule(task, preset, options):
+    """Trains one arm in a worker process and asks validation facts at every mixing factor.
+
+    Returns:
+        `list[dict]`: A row per factor; empty if the time left would not have been enough.
+    """
+    if time.time() + options["estimate"] * (task.arm != "start") > options["deadline"]:
+        return []
+    began = time.monotonic()
+    model, start, end, training = trained(task, preset, options)
+    rows = []
+    for factor in (0.0,) if task.arm == "start" else FACTORS:
+        mixed(model, start, end, factor)
+        cells = evaluate(
+            model,
+            _tokenizer(options["model"]),
+            preset.tuning_cells,
+            preset.tuning_sizes,
+            settings={"page_size": task.page_size, "score": task.score},
+            rows_at_once=preset.rows,
+            split="validation",
+        )
+        accuracy = {f"{cell['length']}/{cell['budget'] or 'dense'}": cell["accuracy"] for cell in cells}
+        rows.append({"page_size": task.page_size, "mix": factor, "accuracy": accuracy})
+    for row in rows:
+        row["seconds"] = round(time.monotonic() - began, 1)
+        row["training_seconds"] = training and training["seconds"]
+    return rows
+
+
+def loss_of(row, rows):
+    """Largest loss of dense accuracy over the lengths, against the start."""
+    start = next(r for r in rows if r["schedule"] == "start" and r["page_size"] == row["page_size"])
+    return max(start["accuracy"][key] - row["accuracy"][key] for key in row["accuracy"] if key.endswith("/dense"))
+
+
+def choose(rows, key):
+    """The row that the rule above picks.
+
+    Args:
+        rows (`list[dict]`): `schedule, page_size, mix, accuracy`; one schedule is `"start"`.
+        key (`str`): The cell that decides, `"16384/512"`.
+    Returns:
+        `dict`: One of `rows`, or `None` if only the start was measured.
+    """
+    trained_rows = [row for row in rows if row["schedule"] != "start"]
+    good = [row for row in trained_rows if loss_of(row, rows) <= ALLOWED_LOSS + 1e-9]
+    if good:
+        return max(good, key=lambda row: row["accuracy"][key])
+    return min(trained_rows, key=lambda row: loss_of(row, rows), default=None)
+
+
+def options_of(plan, mix):
+    """A plan as options of `arms.py`."""
+    words = []
+    for name in PLANNED:
+        value = mix if name == "mix" else getattr(plan, name)
+        values = " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in _parts(value))
+        words.append(f"--{name.replace('_', '-')} {values}")
+    return " ".join(words)
+
+
+def _parts(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def report(rows, page_size):
+    """The table of one page size."""
+    rows = [row for row in rows if row["page_size"] == page_size]
+    keys = list(rows[0]["accuracy"])
+    lines = [
+        [row["schedule"], row["mix"], *(f"{row['accuracy'][key]:.3f}" for key in keys), row["seconds"]] for row in rows
+    ]
+    return f"page {page_size}\n" + render(["schedule", "mix", *keys, "seconds"], lines)
+
+
+def main():
+    """Runs the schedules on all devices, writes OUT/tune.json after each and OUT/chosen.txt, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--schedules", nargs="+", choices=sorted(SCHEDULES), default=list(SCHEDULES))
+    parser.add_argument("--page-sizes", type=int, nargs="+", default=[16], help="the first one decides")
+    began, args = time.time(), parser.parse_args()
+    base, jobs, names, rows = PRESETS[args.preset], [], [], []
+    for page_size in args.page_sizes:
+        jobs.append((Task("start", 0, (), page_size), base))
+        names.append("start")
+        for name in args.schedules:
+            plan = replace(base.plan, **_scaled(SCHEDULES[name], args.preset))
+            jobs.append((Task("soft", 0, (), page_size), replace(base, plan=plan)))
+            names.append(name)
+    for folder in (args.out, args.state):
+        folder.mkdir(parents=True, exist_ok=True)
+    options = {
+        "model": args.model, "state": args.state, "estimate": args.estimate, "deadline": began + 60 * args.minutes,
+    }  # fmt: skip
+    with Workers(args.per_gpu) as workers:
+        futures = workers.submit(jobs, run_schedule, options)
+        for future in as_completed(futures):
+            name = names[futures[future]]
+            if future.exception() is not None:
+                print(f"== {name} FAILED: {future.exception()!r}", flush=True)
+                continue
+            found = [{"schedule": name, **row} for row in future.result()]
+            rows += found
+            (args.out / "tune.json").write_text(
+                json.dumps({"environment": environment(), "rows": rows, "schedules": SCHEDULES}, indent=1) + "\n"
+            )
+            print(f"== {name}: {found or 'no time left'} after {time.time() - began:.0f} s", flush=True)
+    for page_size in args.page_sizes:
+        print("\n" + report(rows, page_size))
+    key = "/".join(map(str, base.recall_cell))
+    best = choose([row for row in rows if row["page_size"] == args.page_sizes[0]], key)
+    if best is None:
+        raise SystemExit("no schedule was trained: give more --minutes")
+    plan = replace(base.plan, **_scaled(SCHEDULES[best["schedule"]], args.preset))
+    chosen = options_of(plan, best["mix"])
+    (args.out / "chosen.txt").write_text(chosen + "\n")
+    print(f"\nchosen: {best['schedule']} at mix {best['mix']}: {chosen}")
+
+
+def _scaled(changes, preset):
+    """Changes of a schedule; the smoke preset keeps its own size."""
+    return {name: value for name, value in changes.items() if preset != "smoke" or name not in HALF}
+
+
+if __name__ == "__main__":
+    main()
