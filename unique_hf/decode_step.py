@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
+from . import deferred
 from .arena import Arena
 from .backend import adapter
 from .fused import fused
@@ -63,6 +66,9 @@ class DecodeStep:
         # where the buffers of the last cache lay, for a later call to ask for the same places
         self.arena: Arena | None = None
         self.captures, self.seconds = 0, 0.0
+        # whether launches may wait for what comes next, found out at the first run; and what the recording launches
+        self.defers = False
+        self.launches: Counter[str] = Counter()
         self._model: Any = None
         self._cache: Any = None
         self._starts: list[torch.Tensor | None] = []
@@ -149,18 +155,52 @@ class DecodeStep:
                 with adapter().activity.probing() as log, self._fused():
                     outputs = self.recorder.warm(self._forward)
                 self._check(log)
+                self.defers = self.recorder.fuses and self._may_defer(outputs)
                 self.warmed_for = key
                 return self._dress(outputs)
             begin = time.perf_counter()
-            with adapter().activity.probing(), self._fused():
-                self.replay = self.recorder.capture(self._forward)
+            mode = self._mode() if self.defers else None
+            with adapter().activity.probing(), self._fused(mode):
+                self.replay = self.recorder.capture(functools.partial(self._forward, mode))
+            self.launches = Counter() if mode is None else mode.counts
             self.captured_for = key
             self.captures, self.seconds = self.captures + 1, self.seconds + time.perf_counter() - begin
         replay: Any = self.replay
         return self._dress(replay())
 
-    def _fused(self) -> contextlib.AbstractContextManager[Any]:
-        return fused(self._model) if self.recorder.fuses else contextlib.nullcontext()
+    def _fused(self, mode: deferred.Deferred | None = None) -> contextlib.AbstractContextManager[Any]:
+        return fused(self._model, mode) if self.recorder.fuses else contextlib.nullcontext()
+
+    def _mode(self, poison: bool = False) -> deferred.Deferred:
+        module = deferred.kernel()
+        return deferred.Deferred(module.skinny_linear, module.MAX_ROWS, poison)
+
+    def _may_defer(self, outputs: tuple[type, dict[str, Any]]) -> bool:
+        """Run the step once more, its launches waiting: whether it gives the same results."""
+        module = deferred.kernel()
+        if module is None or self.batch > module.MAX_ROWS:
+            return False
+        mode, same = self._mode(poison=True), False
+        try:
+            same = deferred.same_outputs(outputs[1], self._again(mode)[1])
+        except (RuntimeError, ValueError, TypeError) as error:
+            logging.get_logger("transformers.unique_attention").warning(
+                f"unique attention: {type(self._model).__name__} is recorded launch by launch: {error}"
+            )
+        if not same:
+            # what was poisoned went into the cache too
+            self._again()
+        return same and bool(mode.counts)
+
+    def _again(self, mode: deferred.Deferred | None = None) -> tuple[type, dict[str, Any]]:
+        """Repeat the last step: its token is written to the same slot."""
+        lengths = self.seq_lens.clone()
+        self.seq_lens.sub_(1)
+        try:
+            with adapter().activity.probing(), self._fused(mode):
+                return self.recorder.warm(functools.partial(self._forward, mode))
+        finally:
+            self.seq_lens.copy_(lengths)
 
     def _load(self, inputs: dict[str, Any]) -> None:
         tensors, constants = {}, {}
@@ -185,9 +225,10 @@ class DecodeStep:
         for name, value in tensors.items():
             self.inputs[name].copy_(value)
 
-    def _forward(self) -> tuple[type, dict[str, Any]]:
+    def _forward(self, mode: deferred.Deferred | None = None) -> tuple[type, dict[str, Any]]:
         self.seq_lens.add_(1)
-        outputs = self._model(**self.inputs, **self.constants, past_key_values=self._cache)
+        with contextlib.nullcontext() if mode is None else mode:
+            outputs = self._model(**self.inputs, **self.constants, past_key_values=self._cache)
         if not isinstance(outputs, ModelOutput) or outputs.get("past_key_values") is not self._cache:
             raise NotCapturable("the model does not return the cache that it was given")
         # without the cache: a kept graph must not keep a cache alive

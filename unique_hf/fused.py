@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import kernel_module
+from .deferred import Deferred
 
 ROTARY = "apply_rotary_pos_emb"
 # largest difference to the module itself that rounding explains, relative to the largest result
@@ -67,12 +68,12 @@ def _rotary() -> Callable[..., Any] | None:
         return None
 
 
-def _rotate(original: Callable[..., Any], fast: Callable[..., Any], q: Any, k: Any, cos: Any, sin: Any, **more: Any):
+def _rotate(original: Any, fast: Any, deferred: Deferred | None, q: Any, k: Any, cos: Any, sin: Any, **more: Any):
     tensors = (q, k, cos, sin)
     plain = not more and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3 and q.shape[-1] % 2 == 0
     same = len({(x.dtype, x.shape[-1]) for x in tensors}) == 1 and all(x.stride(-1) == 1 for x in tensors)
     if plain and same and cos.shape == sin.shape and cos.shape[1] == q.shape[2] == k.shape[2]:
-        return fast(*tensors)
+        return fast(*tensors) if deferred is None else deferred.rotate(fast, *tensors)
     return original(*tensors, **more)
 
 
@@ -100,20 +101,21 @@ def _same_rotation(module: torch.nn.Module, original: Callable[..., Any], fast: 
     return all(_close(a, b) for a, b in zip(found, expected))
 
 
-def _with_rotation(module: torch.nn.Module, original: Callable[..., Any], fast: Callable[..., Any]) -> Any:
+def _with_rotation(module: torch.nn.Module, original: Any, fast: Any, deferred: Deferred | None) -> Any:
     forward: Any = type(module).forward
-    names = {**forward.__globals__, ROTARY: functools.partial(_rotate, original, fast)}
+    names = {**forward.__globals__, ROTARY: functools.partial(_rotate, original, fast, deferred)}
     other = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     other.__kwdefaults__ = forward.__kwdefaults__
     return types.MethodType(other, module)
 
 
 @contextlib.contextmanager
-def fused(model: torch.nn.Module) -> Iterator[tuple[int, int]]:
+def fused(model: torch.nn.Module, deferred: Deferred | None = None) -> Iterator[tuple[int, int]]:
     """Let the RMS norms and rotary embeddings of a model run in one launch each.
 
     Args:
         model (`torch.nn.Module`): The model; without grad.
+        deferred (`Deferred`, *optional*): The mode under which the model will run; it takes the rotations.
     Yields:
         `tuple`: How many norms and how many rotations do. Waits for the device once per kind of each.
 
@@ -140,7 +142,7 @@ def fused(model: torch.nn.Module) -> Iterator[tuple[int, int]]:
                     if kind not in kinds:
                         kinds[kind] = _same_rotation(module, rotation, fast)
                     if kinds[kind]:
-                        module.forward = _with_rotation(module, rotation, fast)
+                        module.forward = _with_rotation(module, rotation, fast, deferred)
                         rotations.append(module)
         yield len(norms), len(rotations)
     finally:

@@ -1,0 +1,144 @@
+"""Linear layers that wait for what comes next: how many launches are left, the same numbers, and what ends waiting."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.capture.recorder import Replayed, recording_on_cpu
+from tests.capture.test_generate import model_with
+from tests.integration.tiny import ARCHITECTURES, batch, greedy, make
+from unique_attention.rotary import rotary as _rotary_kernel
+from unique_hf import capture, deferred
+from unique_hf import fused as parts
+from unique_hf.deferred import Deferred
+from unique_hf.fused import fused
+
+
+def linear(x, weights, biases, outs, residual=None, gated=False):
+    """The kernel in torch."""
+    found = [F.linear(x, w, None if biases is None else biases[i]) for i, w in enumerate(weights)]
+    if gated:
+        found = [F.silu(found[0]) * found[1]]
+    if residual is not None:
+        found = [residual + found[0]]
+    for out, result in zip(outs, found, strict=True):
+        out.copy_(result)
+
+
+def rotary(q, k, cos, sin, norms=None, eps=(0.0, 0.0)):
+    if norms is not None:
+        q, k = (F.rms_norm(x, w.shape, w, e) for x, w, e in zip((q, k), norms, eps))
+    turned = (torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1) for x in (q, k))
+    return tuple(x * cos.unsqueeze(1) + y * sin.unsqueeze(1) for x, y in zip((q, k), turned))
+
+
+class Kernel:
+    """Stands in for the module of the kernel."""
+
+    skinny_linear, MAX_ROWS = staticmethod(linear), 16
+
+
+@pytest.fixture(autouse=True)
+def in_torch(monkeypatch):
+    assert callable(_rotary_kernel)
+    monkeypatch.setattr(parts, "_rotary", lambda: rotary)
+    monkeypatch.setattr(deferred, "kernel", lambda: Kernel)
+    monkeypatch.setattr(deferred, "DTYPES", {torch.float32})
+
+
+def counts_of(model, inputs, expected):
+    mode = Deferred(linear, 64, poison=True)
+    with torch.no_grad(), fused(model, mode), mode:
+        found = model(**inputs).logits
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    return mode.counts
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_gives_the_same_logits(architecture):
+    model, inputs = make(architecture), batch(length=8, padding=(3, 0))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert sum(counts_of(model, inputs, expected).values()) > 0
+
+
+@pytest.mark.parametrize(("architecture", "rotation"), [("qwen3", "norms and rotation"), ("llama", "rotation")])
+def test_a_layer_takes_five_launches_beside_its_norms_and_attention(architecture, rotation):
+    model, inputs = make(architecture), batch(length=8, padding=(0, 0))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    layers = model.config.num_hidden_layers
+    per_layer = {"3 linear": 1, rotation: 1, "linear and residual": 2, "gated linear": 1}
+    assert counts_of(model, inputs, expected) == {k: n * layers for k, n in per_layer.items()} | {"1 linear": 1}
+
+
+def test_whatever_is_not_known_ends_waiting():
+    x, w, u = torch.randn(2, 1, 16), torch.randn(24, 16), torch.randn(24, 16)
+    a, b = F.linear(x, w), F.linear(x, u)
+    mode = Deferred(linear, 16, poison=True)
+    with torch.no_grad(), mode:
+        # read, changed in place, indexed, handed to a kernel by address, of another shape or type
+        assert (F.linear(x, w).sum() - a.sum()).abs() < 1e-3
+        assert torch.equal(F.linear(x, w)[:, :, ::2], a[:, :, ::2])
+        gate, up = F.linear(x, w), F.linear(x, u)
+        assert gate.data_ptr() and torch.equal(gate, a) and torch.equal(up, b)
+        y = F.linear(x, w)
+        y += 1
+        assert torch.equal(y, a + 1)
+        late = F.linear(x, w)
+        changed = copy.copy(x)
+        x.add_(1)
+        assert torch.equal(late, a), "the input changed after the call"
+        x.sub_(1)
+        assert changed.shape == x.shape
+        torch.testing.assert_close(F.linear(x, w) + 1.0, a + 1)
+        torch.testing.assert_close(F.linear(x, w) + F.linear(x, u), a + b)
+        torch.testing.assert_close(F.silu(F.linear(x, w)) * b, F.silu(a) * b)
+        act = F.silu(F.linear(x, w))
+        torch.testing.assert_close(act * F.linear(x + 1, u), F.silu(a) * F.linear(x + 1, u))
+        torch.testing.assert_close(F.linear(x.double(), w.double()).float(), a)
+        norm = F.rms_norm(F.linear(x, w).view(2, 1, 3, 8), (8,), torch.ones(8), 1e-6)
+        torch.testing.assert_close(norm, F.rms_norm(a.view(2, 1, 3, 8), (8,), torch.ones(8), 1e-6))
+        many = torch.randn(17, 16)
+        mode.counts.clear()
+        F.linear(many, w)
+        assert not mode.counts, "many rows are cuBLAS's"
+
+
+class Fusing(Replayed):
+    fuses = True
+
+
+def test_a_captured_call_defers_and_gives_the_same_tokens():
+    model, inputs = model_with("qwen3", layers=2), batch()
+    expected = greedy(model, inputs, tokens=24).tolist()
+    with recording_on_cpu(Fusing):
+        for _ in range(2):
+            assert greedy(model, inputs, tokens=24).tolist() == expected
+        step = capture._STEPS[model][0]
+        assert step.defers and step.launches["gated linear"] >= 2
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_function_that_reads_behind_torchs_back_is_found_out():
+    model, inputs = model_with("qwen3", layers=2), batch()
+    mlp = model.model.layers[0].mlp
+    original = type(mlp).forward
+
+    def reads(self, x):
+        gate = self.gate_proj(x)
+        with torch._C.DisableTorchFunction():
+            # as a foreign extension would
+            seen = gate.clone()
+        return self.down_proj(F.silu(gate) * self.up_proj(x)) + 0 * self.down_proj(seen)
+
+    type(mlp).forward = reads
+    try:
+        expected = greedy(model, inputs, tokens=24).tolist()
+        with recording_on_cpu(Fusing) as log:
+            assert greedy(model, inputs, tokens=24).tolist() == expected
+            assert "capture" in log and not capture._STEPS[model][0].defers
+    finally:
+        type(mlp).forward = original
