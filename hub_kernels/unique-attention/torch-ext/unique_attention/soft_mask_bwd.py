@@ -75,8 +75,10 @@ def _soft_mask_bwd_dq_kernel(
     dfq = tl.zeros([BLOCK_T, NUM_FEATURES], tl.float32)
     dnq = tl.zeros([BLOCK_T], tl.float32)
     dtheta = tl.zeros([BLOCK_T], tl.float32)
-    for j in range(tl.load(count_ptr + pid_bh * NQB + pid_t)):
-        tile = tl.load(list_ptr + j)
+    num_tiles = tl.load(count_ptr + pid_bh * NQB + pid_t)
+    tile = tl.load(list_ptr)
+    for j in range(num_tiles):
+        following = tl.load(list_ptr + tl.minimum(j + 1, num_tiles - 1))
         k, v, valid = load_keys(
             k_ptr, v_ptr, valid_ptr, stride_ks, stride_vs, tile, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_S, HAS_MASK, True
         )
@@ -98,6 +100,7 @@ def _soft_mask_bwd_dq_kernel(
             dnq += tl.sum(dgate * fs[None, :], axis=1)
         if THRESHOLD_GRAD:
             dtheta -= tl.sum(dgate, axis=1)
+        tile = following
 
     if THRESHOLD_GRAD:
         above = tl.load(above_ptr + row, mask=mask_t, other=0)
@@ -174,8 +177,11 @@ def _soft_mask_bwd_dkv_kernel(
     ROWS_T: tl.constexpr = STEP_T * PARTS
     ROWS_G: tl.constexpr = GROUP_POW2 // PARTS
     offs_r = tl.arange(0, ROWS_T)
-    for j in range(tl.load(count_ptr + pid_bh * NKB + pid_k) * STEPS):
-        first_t = tl.load(list_ptr + j // STEPS) * BLOCK_T + j % STEPS * STEP_T
+    num_steps = tl.load(count_ptr + pid_bh * NKB + pid_k) * STEPS
+    block = tl.load(list_ptr)
+    for j in range(num_steps):
+        following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
+        first_t = block * BLOCK_T + j % STEPS * STEP_T
         t_of_row = first_t + offs_m // GROUP_POW2
         t64 = t_of_row.to(tl.int64)[:, None]
         mask_m = (t_of_row < T) & (g_of_row < GROUP)
@@ -194,7 +200,7 @@ def _soft_mask_bwd_dkv_kernel(
         score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, ROWS_T]
         if HAS_SCALAR:
             nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
-            score += fs[:, None] * nq[None, :]
+            score = tl.fma(fs[:, None], nq[None, :], score)
         log_gate, slack = page_gate(
             score, theta[None, :], pages[:, None], start[None, :] // PAGE_SIZE, (offs_t // PAGE_SIZE)[None, :],
             sink_pages, recent_pages, inv_temperature,
@@ -218,6 +224,7 @@ def _soft_mask_bwd_dkv_kernel(
         dfp = tl.dot(dgate.to(q.dtype), fq.to(q.dtype), dfp, input_precision=PRECISION)
         if HAS_SCALAR:
             dfs += tl.sum(dgate * nq[None, :], axis=1)
+        block = following
 
     mask_s = (slots < T)[:, None]
     slot64 = slots.to(tl.int64)[:, None]

@@ -84,7 +84,8 @@ def row_gate(
     fs = tl.zeros([BLOCK_S // CHUNK], tl.float32)
     if HAS_SCALAR:
         fs = tl.load(fs_ptr + pages, mask=here, other=0.0)
-        score += nq[:, None] * fs[None, :]
+        # a plain sum would become the accumulator of the dot, where the compiler does not prefetch what it reads
+        score = tl.fma(nq[:, None], fs[None, :], score)
     log_gate, slack = page_gate(
         score, theta[:, None], pages[None, :], first_page[:, None], own_page[:, None],
         sink_pages, recent_pages, inv_temperature,
@@ -189,22 +190,28 @@ def _soft_mask_fwd_attend_kernel(
     last_t = tl.minimum(first_t + BLOCK_T, T) - 1
     num_tiles = tl.load(count_ptr + pid_bh * NQB + pid_t)
     num_inner = num_tiles - (last_t // BLOCK_S - first_t // BLOCK_S + 1)
+    # read one step ahead: copies whose address is read in the same step are not issued early
+    tile = tl.load(list_ptr)
     for j in range(num_inner):
+        following = tl.load(list_ptr + j + 1)
         m_i, l_i, acc = _attend_tile(
             m_i, l_i, acc, q, fq, nq, theta, first_page, own_page, t_of_row,
-            k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tl.load(list_ptr + j), T, N,
+            k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
             PRECISION, BLOCK_T, BLOCK_S, CHUNK, False,
         )  # fmt: skip
+        tile = following
     for j in range(num_inner, num_tiles):
+        following = tl.load(list_ptr + tl.minimum(j + 1, num_tiles - 1))
         m_i, l_i, acc = _attend_tile(
             m_i, l_i, acc, q, fq, nq, theta, first_page, own_page, t_of_row,
-            k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tl.load(list_ptr + j), T, N,
+            k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
             PRECISION, BLOCK_T, BLOCK_S, CHUNK, True,
         )  # fmt: skip
+        tile = following
 
     empty = l_i == 0.0
     acc = acc / tl.where(empty, 1.0, l_i)[:, None]

@@ -39,7 +39,7 @@ def candidate_scores(
     fp = tl.load(fp_ptr + pages[:, None] * NUM_FEATURES + offs_f[None, :], mask=here[:, None], other=0.0)
     score = tl.dot(fq, tl.trans(fp), input_precision=PRECISION)
     if HAS_SCALAR:
-        score += nq[:, None] * tl.load(fs_ptr + pages, mask=here, other=0.0)[None, :]
+        score = tl.fma(nq[:, None], tl.load(fs_ptr + pages, mask=here, other=0.0)[None, :], score)
     free = (pages[None, :] >= low_page[:, None]) & (pages[None, :] < high_page[:, None])
     return score, free
 
