@@ -242,6 +242,8 @@ class _StandIn:
 
     def __init__(self, call: Call):
         self._unique_call = call
+        # asked for at every step, and found by a walk over the weights
+        self.device = call.model.device
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._unique_call.model, name)

@@ -57,6 +57,7 @@ class DecodeStep:
         self.constants: dict[str, Any] = {}
         self.layout: tuple[Any, ...] | None = None
         self.bound: tuple[Any, ...] | None = None
+        self.shapes: tuple[Any, ...] = ()
         self.state = 0
         self.warmed_for: tuple[Any, ...] | None = None
         self.captured_for: tuple[Any, ...] | None = None
@@ -71,6 +72,7 @@ class DecodeStep:
         self.launches: Counter[str] = Counter()
         self._model: Any = None
         self._cache: Any = None
+        self._outputs: Any = None
         self._starts: list[torch.Tensor | None] = []
 
     @property
@@ -106,7 +108,9 @@ class DecodeStep:
             layer.enter_fixed(self.seq_lens, capacity, self._scratch(layer))
             layer.index.seq_starts = self.seq_starts
         self.state = state
-        self.bound = (state, tuple(_place(tensor) for layer in cache.layers for tensor in _tensors(layer)))
+        places = tuple(_place(tensor) for layer in cache.layers for tensor in _tensors(layer))
+        self.bound, self.shapes = (state, places), tuple(place and place[1:] for place in places)
+        self._outputs = None
         return min(layer.buffers()[0].shape[2] for layer in cache.layers)
 
     def _scratch(self, layer: Any) -> torch.Tensor:
@@ -130,7 +134,7 @@ class DecodeStep:
             layer.index.seq_starts = starts
             if layer.fixed_lens is not None:
                 layer.leave_fixed(length)
-        self._model = self._cache = self.bound = None
+        self._model = self._cache = self._outputs = self.bound = None
         self._starts = []
 
     def drop_graph(self) -> None:
@@ -150,14 +154,17 @@ class DecodeStep:
         self._load(inputs)
         key = (self.bound, self.layout)
         if self.replay is None or self.captured_for != key:
-            if self.warmed_for != key:
+            kind = (self.state, self.layout, self.shapes)
+            if self.warmed_for != kind:
                 self.drop_graph()
                 with adapter().activity.probing() as log, self._fused():
                     outputs = self.recorder.warm(self._forward)
                 self._check(log)
                 self.defers = self.recorder.fuses and self._may_defer(outputs)
-                self.warmed_for = key
+                self.warmed_for = kind
                 return self._dress(outputs)
+            # what a step of these shapes loads and compiles is there, wherever its buffers lie
+            self.replay = None
             begin = time.perf_counter()
             mode = self._mode() if self.defers else None
             with adapter().activity.probing(), self._fused(mode):
@@ -165,8 +172,13 @@ class DecodeStep:
             self.launches = Counter() if mode is None else mode.counts
             self.captured_for = key
             self.captures, self.seconds = self.captures + 1, self.seconds + time.perf_counter() - begin
+            self._outputs = None
         replay: Any = self.replay
-        return self._dress(replay())
+        outputs = replay()
+        # the same tensors every time
+        if self._outputs is None:
+            self._outputs = self._dress(outputs)
+        return self._outputs
 
     def _fused(self, mode: deferred.Deferred | None = None) -> contextlib.AbstractContextManager[Any]:
         return fused(self._model, mode) if self.recorder.fuses else contextlib.nullcontext()
@@ -203,6 +215,27 @@ class DecodeStep:
             self.seq_lens.copy_(lengths)
 
     def _load(self, inputs: dict[str, Any]) -> None:
+        if not self._as_before(inputs):
+            self._lay_out(inputs)
+        for name, static in self.inputs.items():
+            static.copy_(inputs[name])
+
+    def _as_before(self, inputs: dict[str, Any]) -> bool:
+        """Whether the inputs differ from those of the last step in numbers of tensors only."""
+        seen = 0
+        for name, value in inputs.items():
+            if name in OWN:
+                continue
+            seen += 1
+            static = self.inputs.get(name)
+            if static is None:
+                if name not in self.constants or self.constants[name] is not value:
+                    return False
+            elif not torch.is_tensor(value) or value.shape != static.shape or value.dtype != static.dtype:
+                return False
+        return self.layout is not None and seen == len(self.inputs) + len(self.constants)
+
+    def _lay_out(self, inputs: dict[str, Any]) -> None:
         tensors, constants = {}, {}
         for name, value in inputs.items():
             if name in OWN:
@@ -222,8 +255,6 @@ class DecodeStep:
                 self.inputs = {name: torch.empty_like(value) for name, value in tensors.items()}
             self.constants, self.layout = constants, layout
             self.drop_graph()
-        for name, value in tensors.items():
-            self.inputs[name].copy_(value)
 
     def _forward(self, mode: deferred.Deferred | None = None) -> tuple[type, dict[str, Any]]:
         self.seq_lens.add_(1)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = {bool, int, float, str, type(None)}
+# what every module has: hooks, and weights and modules, which are looked at by themselves
+_BASE = set(vars(torch.nn.Module())) - {"training"}
 
 
 def fingerprint(model: torch.nn.Module) -> int:
@@ -24,20 +26,28 @@ def fingerprint(model: torch.nn.Module) -> int:
     """
     parts: list[Any] = [torch.get_float32_matmul_precision()]
     for name, module in model.named_modules():
-        parts.append((name, id(module), id(type(module).forward)))
-        for key, value in vars(module).items():
-            if isinstance(value, _PLAIN):
-                parts.append((key, value))
+        own = vars(module)
+        parts += [name, id(module), id(type(module).forward)]
+        for key, value in own.items():
+            if key in _BASE:
+                continue
+            if type(value) in _PLAIN:
+                parts += [key, value]
             elif key in ("forward", "config"):
-                parts.append((key, id(value)))
-            elif isinstance(value, (list, tuple, set)) or (isinstance(value, dict) and not key.startswith("_")):
-                parts.append((key, repr(value)))
+                parts += [key, id(value)]
+            elif isinstance(value, (int, float, str, list, tuple, set)) or (
+                isinstance(value, dict) and key[:1] != "_"
+            ):
+                parts += [key, repr(value)]
+        # the values of these are tensors; modules have been walked already
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for key, tensor in tensors.items():
+                parts += [key, None if tensor is None else (tensor.data_ptr(), tensor.dtype)]
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         parts.append(config.to_json_string(use_diff=False))
-        parts.append([part._attn_implementation for part in _configs(config)])
-    parts += [(tensor.data_ptr(), tensor.dtype) for tensor in chain(model.parameters(), model.buffers())]
-    return hash(repr(parts))
+        parts += [part._attn_implementation for part in _configs(config)]
+    return hash(tuple(parts))
 
 
 def _configs(config: Any) -> Iterator[Any]:
