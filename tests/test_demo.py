@@ -1,10 +1,13 @@
 """The demo: one prefill serves both ways, the picture shows what the scores say, bad input is a clear error."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
 
+import unique_hf
 from tests.processes import ROOT
 from unique_hf import configure, demo, picture, recording, report, retrieval
 from unique_hf.facts import make_haystack
@@ -39,7 +42,12 @@ def cache(model, hay):
     return retrieval.prefill(model, hay.input_ids)
 
 
-def test_the_demo_answers_alike_and_draws(pocket, capsys, tmp_path):
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "TRAINED_MODEL", tmp_path / "none")
+
+
+def test_the_demo_answers_alike_and_draws(pocket, alone, capsys, tmp_path):
     demo.main(["--context", "1200", "--facts", "6", "--out", str(tmp_path / "picture" / "demo.png")])
     out = capsys.readouterr().out
     length = int(re.search(r": ([\d,]+) tokens\n", out)[1].replace(",", ""))
@@ -54,7 +62,23 @@ def test_the_demo_answers_alike_and_draws(pocket, capsys, tmp_path):
     assert (tmp_path / "picture" / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_users_own_text_is_answered(pocket, capsys, tmp_path):
+def test_a_trained_model_answers_beside_the_dense_one(capsys, monkeypatch, tmp_path):
+    folder = tmp_path / "pocket-lm-unique"
+    shutil.copytree(demo.DEFAULT_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["unique_attention"] = unique_hf.UniqueConfig(page_size=8, budget=64).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(demo, "TRAINED_MODEL", folder)
+    demo.main(["--context", "1200", "--facts", "4", "--out", str(tmp_path / "demo.png")])
+    out = capsys.readouterr().out
+    assert "pages of 8" in out and "budget 64 tokens" in out
+    assert re.search(r"^question +expected +dense +unique +trained *$", out, re.MULTILINE)
+    found = {name: int(re.search(rf"{name}: (\d) of 4 right", out)[1]) for name in ("dense", "unique", "trained")}
+    # the same weights and settings, so the same answers
+    assert found["dense"] == 4 and found["unique"] == found["trained"]
+
+
+def test_users_own_text_is_answered(pocket, alone, capsys, tmp_path):
     text = topics(held_out=True)[:2500].rsplit(".", 1)[0]
     file = tmp_path / "own.txt"
     file.write_text(f"{text}. The access code of the northern library is 48213. {text[:900]}")

@@ -30,6 +30,11 @@ from .text import read_text, topics
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = CHECKOUT / "models" / "pocket-lm"
+TRAINED_MODEL = CHECKOUT / "models" / "pocket-lm-unique"  # the default model after training through the soft mask
+# what both models must share, so that a difference between their answers comes from the training
+SHARED = (
+    "page_size", "budget", "sink_pages", "recent_pages", "score", "score_weight", "group_reduce", "stats_dtype",
+)  # fmt: skip
 CONTEXT, FACTS, BATCH = 16640, 24, 8
 SHARE = 16  # the budget is at most one part in SHARE of the context
 
@@ -144,6 +149,15 @@ def fit(model: Any, task: Task) -> Any:
     return configure(model, budget=budget)
 
 
+def read(model: Any, task: Task, how: str) -> Any:
+    """The cache of the context; prints a line of progress."""
+    print(f"    read  {how}: ", end="", flush=True)
+    started = time.perf_counter()
+    cache = prefill(model, task.input_ids, on_layer=dot)
+    print(f" {time.perf_counter() - started:.1f} s", flush=True)
+    return cache
+
+
 def answer(model: Any, tokenizer: Any, cache: Any, task: Task, attention: str) -> tuple[Arm, list[Any]]:
     """All answers of one way, in batches; for sdpa also the recorded queries of the last token of every question."""
     model.set_attn_implementation(attention)
@@ -162,16 +176,15 @@ def answer(model: Any, tokenizer: Any, cache: Any, task: Task, attention: str) -
     return Arm(texts, statistics.median(times)), recordings
 
 
-def show_answers(task: Task, dense: Arm, sparse: Arm) -> None:
+def show_answers(task: Task, arms: dict[str, Arm]) -> None:
     """Print the answers side by side and, where they are known, how many are right."""
-    header = ["question", "dense", "unique"]
-    columns = [task.questions, dense.answers, sparse.answers]
+    header, columns = ["question", *arms], [task.questions, *(arm.answers for arm in arms.values())]
     if task.expected is not None:
         header.insert(1, "expected")
         columns.insert(1, task.expected)
     print("\n" + render(header, list(zip(*columns))) + "\n")
     if task.expected is not None:
-        for name, arm in (("dense", dense), ("unique", sparse)):
+        for name, arm in arms.items():
             right = sum(a == b for a, b in zip(arm.answers, task.expected))
             print(f"{name:>8}: {right} of {len(task.expected)} right ({right / len(task.expected):.1%})")
 
@@ -203,7 +216,11 @@ def run(args: argparse.Namespace) -> None:
         task = own_task(tokenizer, args.text, args.ask)
     else:
         task = built_in_task(tokenizer, args.context, args.facts, args.seed)
-    settings = fit(model, task)
+    trained, settings = None, fit(model, task)
+    if args.model is None and (TRAINED_MODEL / "config.json").is_file():
+        trained, _ = load_model(str(TRAINED_MODEL))
+        chosen = fit(trained, task)
+        settings = configure(model, **{name: getattr(chosen, name) for name in SHARED})
     length = len(task.input_ids)
     print(f"    text  {task.source}: {length:,} tokens")
     print(
@@ -211,17 +228,19 @@ def run(args: argparse.Namespace) -> None:
         f"{settings.page_size}, score {settings.score!r}, vote {settings.group_reduce!r}, statistics in "
         f"{settings.stats_dtype}"
     )
-    print("    read  once, exactly, for both: ", end="", flush=True)
-    started = time.perf_counter()
-    cache = prefill(model, task.input_ids, on_layer=dot)
-    print(f" {time.perf_counter() - started:.1f} s", flush=True)
+    cache = read(model, task, "once, exactly, for both")
     print(
         "  answer  from copies of that cache, unique reading the questions token by token; a dot is a step of all rows"
     )
     dense, recordings = answer(model, tokenizer, cache, task, "sdpa")
     report(model, reset=True)
     sparse, _ = answer(model, tokenizer, cache, task, "unique")
-    show_answers(task, dense, sparse)
+    arms = {"dense": dense, "unique": sparse}
+    if trained is not None:
+        print(f" trained  {TRAINED_MODEL.name}: the same model after training through the soft mask, same settings")
+        own = read(trained, task, "again, by the trained model")
+        arms["trained"], _ = answer(trained, tokenizer, own, task, "unique")
+    show_answers(task, arms)
     show_costs(report(model), dense, sparse, length, settings, model.device.type)
     if args.text is None or args.out is not None:
         path = Path(args.out or "build/demo.png")
@@ -233,7 +252,10 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m unique_hf.demo", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", help="folder or Hub id (default: models/pocket-lm of the checkout)")
+    parser.add_argument(
+        "--model",
+        help="folder or Hub id (default: models/pocket-lm of the checkout, and pocket-lm-unique beside it if there)",
+    )
     parser.add_argument("--text", metavar="FILE", help="ask about this text file instead of the built-in one")
     parser.add_argument("--ask", action="append", metavar="QUESTION", help="with --text; may be given several times")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of the built-in text (%(default)s)")

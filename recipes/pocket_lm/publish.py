@@ -12,6 +12,10 @@ from recipes.pocket_lm import tokenizer as tokenizers
 from recipes.pocket_lm.evaluate import bits_per_byte, retrieval
 
 HERE = Path(__file__).parent
+# what `save` writes beside the weights
+SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "training.json", "README.md",
+)  # fmt: skip
 
 
 def save(model, out, facts, lengths, contexts, device, dtype=torch.bfloat16):
@@ -52,11 +56,18 @@ def render_card(facts):
     return environment.get_template("card.md.jinja").render(**facts)
 
 
-def pack(out):
-    """Moves everything but the weights into `out/meta.tar`."""
-    small = sorted(path for path in out.iterdir() if path.suffix not in (".safetensors", ".tar"))
+def pack(out, names):
+    """Moves the small files of a checkpoint into `out/meta.tar`; whatever else lies in `out` stays.
+
+    Args:
+        out (`Path`): Folder that `save` wrote.
+        names (`Sequence[str]`): The files; those of `names` that are not there are an error.
+    """
+    paths = [out / name for name in names]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ValueError(f"expected {', '.join(names)} in {out}, {', '.join(missing)} are missing: call `save` first")
     with tarfile.open(out / "meta.tar", "w") as archive:
-        for path in small:
+        for path in paths:
             archive.add(path, arcname=path.name)
-    for path in small:
+    for path in paths:
         path.unlink()

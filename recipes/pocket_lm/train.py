@@ -311,7 +311,7 @@ def parse_args():
     parser.add_argument("--call-minutes", type=float, default=1e9, help="this call saves and ends by then")
     parser.add_argument("--resume", action="store_true", help="continue from --state")
     parser.add_argument("--init", type=Path, help="start the last stage from the weights of an earlier --out")
-    parser.add_argument("--pack", action="store_true", help="put everything but the shards into OUT/meta.tar")
+    parser.add_argument("--pack", action="store_true", help="put the small files of the checkpoint into OUT/meta.tar")
     parser.add_argument("--workers", type=int, help="processes that build batches")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -362,7 +362,7 @@ def main():
     }
     publish.save(trainer.model, args.out, facts, preset["lengths"], preset["contexts"], device)
     if args.pack:
-        publish.pack(args.out)
+        publish.pack(args.out, publish.SMALL_FILES)
     print(json.dumps(facts["evaluation"]["summary"]), flush=True)
 
 

@@ -1,10 +1,15 @@
-"""Renders the card of a checkpoint of the arms; every number comes from the results file.
+"""Installs a checkpoint that the arms shipped and renders its card; every number comes from the results file.
 
-python -m recipes.soft_mask_sft.card --facts model_cards/pocket-lm-unique.json
+    python -m recipes.soft_mask_sft.card --facts model_cards/pocket-lm-unique.json --shipped OUT
+
+`--shipped` is the folder that `arms.py` wrote: its `arms.json` becomes the results file that the facts name, and its
+checkpoint of the task that they name is unpacked to their location. Without it only the card is rendered.
 """
 
 import argparse
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -73,6 +78,8 @@ def _training(results, own):
         ["dense steps", f"{100 * schedule['dense_share']:.0f} %"],
         ["temperature", f"{first:g} to {last:g} logits"],
         ["share of the base model's learning rates", f"{plan['rate']:g}"],
+        ["gradient clipped to a norm of", f"{plan['clip']:g}"],
+        ["weights", f"start + {plan['mix']:g} (trained - start); factor chosen on validation facts"],
         ["seconds", f"{training['seconds']:g}"],
         ["device", environment["device"]],
         ["versions", ", ".join(f"{name} {version}" for name, version in sorted(environment["versions"].items()))],
@@ -81,13 +88,42 @@ def _training(results, own):
     return {"title": "Training", "columns": ["", "value"], "rows": rows}
 
 
+def install(shipped, results, task, target):
+    """Puts what `arms.py` shipped where the card's facts say.
+
+    Args:
+        shipped (`Path`): `OUT` of the arms: `arms.json`, and a folder per checkpoint.
+        results (`Path`): Becomes the results file.
+        task (`str`): Name of the arm.
+        target (`Path`): Becomes the checkpoint's folder; one that is there is replaced.
+    Raises:
+        ValueError: the arm was not measured or not shipped.
+    """
+    measured = json.loads((shipped / "arms.json").read_text())
+    facts_of(measured, task)
+    source = shipped / task
+    if not (source / "meta.tar").is_file():
+        raise ValueError(f"expected the checkpoint of {task} in {source}, there is none: run arms with --ship {task}")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(shipped / "arms.json", results)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for shard in sorted(source.glob("*.safetensors")):
+        shutil.copyfile(shard, target / shard.name)
+    with tarfile.open(source / "meta.tar") as archive:
+        archive.extractall(target, filter="data")
+
+
 def main():
     """Writes README.md into the checkpoint's folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=Path, required=True)
+    parser.add_argument("--shipped", type=Path, help="folder that arms.py wrote, to install from")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that the paths in the facts start from")
     args = parser.parse_args()
     facts = json.loads(args.facts.read_text())
+    if args.shipped is not None:
+        install(args.shipped, args.root / facts["results"], facts["task"], args.root / facts["location"])
     results = json.loads((args.root / facts.pop("results")).read_text())
     location = facts.pop("location")
     facts |= facts_of(results, facts.pop("task"))

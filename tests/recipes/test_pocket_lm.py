@@ -236,12 +236,14 @@ def test_smoke_run_exports_a_model_that_loads_and_resumes(tmp_path):
     generated = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert generated.shape[1] <= prompt["input_ids"].shape[1] + 4 and model.generation_config.eos_token_id == 0
 
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "notes.txt").write_text("of the user")
     resumed = [*command, "--minutes", "0.1", "--resume", "--pack", "--out", str(tmp_path / "packed")]
     subprocess.run(resumed, cwd=ROOT, env=env, check=True, timeout=240)
     with tarfile.open(tmp_path / "packed" / "meta.tar") as archive:
         later = json.load(archive.extractfile("training.json"))
     assert later["steps"] > log["steps"] and len(later["log"]["calls"]) == 2
-    assert {p.name for p in (tmp_path / "packed").iterdir()} == {"meta.tar", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "packed").iterdir()} == {"meta.tar", "model.safetensors", "notes.txt"}
 
     subprocess.run(
         [*command, "--minutes", "0.03", "--init", str(out), "--out", str(tmp_path / "more")],

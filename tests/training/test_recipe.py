@@ -13,6 +13,7 @@ from unique_hf.schedule import SoftMaskSchedule
 
 pytest.importorskip("trl")
 
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from recipes.pocket_lm.evaluate import answer_questions
@@ -146,7 +147,7 @@ def test_every_task_has_a_name_of_its_own_and_two_seeds():
         assert name.startswith("start-") or name[:-1] + "01"[name[-1] == "0"] in names
 
 
-def test_smoke_arms_run_resume_and_ship(tmp_path):
+def test_smoke_arms_run_resume_and_ship(tmp_path, monkeypatch):
     model = make_model(attention="sdpa")
     model.config.max_position_embeddings = 2048
     model.config.unique_attention = {}
@@ -173,6 +174,17 @@ arms.main()"""
     assert {p.name for p in (out / "soft-p16-s0").iterdir()} == {"meta.tar", "model.safetensors"}
     tables = card.facts_of(results, "soft-p16-s0")["tables"]
     assert tables[0]["columns"][-2:] == ["dense control", "this model"] and len(tables[0]["rows"]) == 3
+    facts = {"results": "results/arms.json", "task": "soft-p16-s0", "location": "models/pocket-lm-unique"}
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    command = ["card", "--facts", str(tmp_path / "facts.json"), "--root", str(tmp_path), "--shipped", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    card.main()
+    installed = tmp_path / "models/pocket-lm-unique"
+    assert "this model" in (installed / "README.md").read_text() and (tmp_path / "results/arms.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(installed, attn_implementation="unique")
+    assert unique_hf.configure(loaded).page_size == 16
+    with pytest.raises(ValueError, match="expected the checkpoint of dense-s0"):
+        card.install(out, tmp_path / "r.json", "dense-s0", tmp_path / "other")
     assert "| context | tokens kept |" in str(unique_hf.hub.render_card(model.config, "a/b", {"tables": tables}))
 
 
