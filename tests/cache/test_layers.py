@@ -333,6 +333,46 @@ def test_static_statistics_catch_up_with_tokens_that_others_appended():
     assert same_stats([t if t is None else t[:, :, :8] for t in found], expected)
 
 
+def test_static_length_is_set_right_by_a_prompt_after_compiled_steps(monkeypatch):
+    layer = UniqueStaticLayer(64, settings=SETTINGS)
+    layer.update(*states(9))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for _ in range(5):
+        layer.update(*states(1))
+    monkeypatch.undo()
+    layer.update(*states(3))
+    assert layer.host_length == int(layer.cumulative_length) == 17
+
+
+def test_offloaded_tokens_leave_no_buffers_behind(monkeypatch):
+    layer = UniqueDynamicLayer(SETTINGS)
+    layer.update(*states(21))
+    buffers = [weakref.ref(buffer) for buffer in layer._buffers]
+    kept = layer.keys.clone()
+
+    def to_another_device(self):
+        self.keys, self.values = self.keys.clone(), self.values.clone()
+
+    monkeypatch.setattr(DynamicLayer, "offload", to_another_device)
+    layer.offload()
+    assert [buffer() for buffer in buffers] == [None, None]
+    layer.update(*states(1))
+    assert torch.equal(layer.keys[:, :, :21], kept)
+    assert same_stats(layer.index.refresh(layer.keys, None, None), from_scratch(layer.keys))
+
+
+def test_rows_dropped_by_hand_after_a_step_under_grad_get_new_statistics():
+    layer = UniqueDynamicLayer(SETTINGS)
+    layer.update(*states(21))
+    layer.index.refresh(layer.keys, None, None)
+    part = torch.randn(2, 2, 2, 32, requires_grad=True)
+    layer.update(part, part)
+    layer.keys, layer.values = layer.keys.detach()[1:], layer.values.detach()[1:]
+    with torch.no_grad():
+        layer.update(*states(1, batch=1))
+        assert same_stats(layer.index.refresh(layer.keys, None, None), from_scratch(layer.keys))
+
+
 def test_keys_that_somebody_assigns_get_new_statistics():
     torch.manual_seed(3)
     layers = [UniqueDynamicLayer(SETTINGS) for _ in range(2)]

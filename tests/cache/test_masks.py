@@ -151,6 +151,38 @@ def test_plain_and_packed_masks_are_told_from_others():
         assert not matches(other, facts_of(other, 2).token_mask)
 
 
+def test_a_mask_of_many_rows_is_compared_in_all_of_them():
+    length = 1100  # more than one block of rows
+    plain = sdpa_mask(batch_size=1, q_length=length, kv_length=length, allow_is_causal_skip=False)
+    everything = torch.ones(1, length, dtype=torch.bool)
+    assert matches(plain, everything)
+    for row, column in ((3, 1), (3, 9), (1090, 2)):
+        other = plain.clone()
+        other[0, 0, row, column] ^= True
+        assert not matches(other, everything)
+
+
+def test_facts_cover_the_keys_whatever_the_width_of_the_given_mask():
+    given = padding(length=50)
+    mask = unique_mask(batch_size=2, q_length=7, kv_length=40, q_offset=33, attention_mask=given)
+    facts = facts_of(mask, 2)
+    assert torch.equal(facts.token_mask, given[:, :40]) and facts.seq_starts.tolist() == [13, 0]
+
+
+def test_a_decode_step_asks_sdpa_for_no_look_at_the_padding(monkeypatch):
+    skips = []
+
+    def recorded(*args, allow_is_causal_skip=True, **kwargs):
+        skips.append(allow_is_causal_skip)
+        return sdpa_mask(*args, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+
+    monkeypatch.setattr(masks, "sdpa_mask", recorded)
+    for pads in ((0, 0), (13, 0)):
+        mask = unique_mask(batch_size=2, q_length=1, kv_length=40, q_offset=39, attention_mask=padding(pads=pads))
+        assert mask.shape == (2, 1, 1, 40)
+    assert skips == [False, False]
+
+
 def test_float_masks_and_missing_masks_have_no_facts():
     assert facts_of(None, 2) is None
     assert facts_of(torch.zeros(2, 1, 1, 40), 2) is None
