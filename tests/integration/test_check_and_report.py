@@ -93,6 +93,19 @@ def test_recall_is_the_attention_mass_on_the_kept_pages():
     assert 0.05 < found.recall < 0.95
 
 
+def test_sinks_take_their_share_of_the_recall():
+    from unique_attention.hf.activity import kept_mass
+
+    query, key, sinks = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 10, 8), torch.randn(4)
+    logits = torch.einsum("bhgd,bhsd->bhgs", query.view(2, 2, 2, 8), key) * 0.3
+    weights = torch.cat([logits, sinks.view(1, 2, 2, 1).expand(2, -1, -1, -1)], -1).softmax(-1)
+    call = {"page_size": 4, "scaling": 0.3, "sinks": sinks}
+    everything = torch.tensor([0, 1, 2, -1], dtype=torch.int32).expand(2, 2, 4)
+    torch.testing.assert_close(kept_mass(query, key, everything, **call), torch.ones(2))
+    found = kept_mass(query, key, everything[..., 1:], **call)
+    torch.testing.assert_close(found, weights[..., 4:].sum(-1).mean((1, 2)))
+
+
 def test_settings_travel_with_the_model(tmp_path):
     model = make(num_hidden_layers=1)
     settings = unique_hf.configure(model, page_size=8, budget=64, score="diagonal")
