@@ -101,19 +101,21 @@ class Task:
 
 
 def tasks():
-    """All arms: first the start, which compiles the kernels of all evaluations, then the most telling."""
+    """All arms, the most telling first; the start in front compiles kernels while others train."""
     order = []
 
     def masked(arm, page, seed, score="scalar"):
         order.append(Task(arm, seed, ((page, score),), page, score))
 
-    for page, score in GRID:
-        masked("start", page, 0, score)
+    masked("start", 16, 0)
+    masked("start", 8, 0)
     masked("soft", 16, 0)
     masked("soft", 8, 0)
     order.append(Task("dense", 0, GRID))
     masked("hard", 16, 0)
     masked("hard", 8, 0)
+    for page, score in GRID[2:]:
+        masked("start", page, 0, score)
     masked("soft", 16, 0, "minmax")
     masked("soft", 4, 0)
     masked("soft", 16, 1)
@@ -156,7 +158,7 @@ class Workers:
         self.builder = ProcessPoolExecutor(1, mp_context=context)
 
     def submit(self, jobs, function, options):
-        """Futures of `function(task, preset, options)`; jobs without training start before any batch is built.
+        """Futures of `function(task, preset, options)`; the first jobs without training run while batches are built.
 
         Args:
             jobs (`list`): Pairs of `Task` and `Preset`.
@@ -168,11 +170,11 @@ class Workers:
             if task.arm != "start":
                 arguments = (preset.plan, task.seed, options["state"], preset.text_bytes, preset.workers)
                 built[index] = self.builder.submit(build_batches, *arguments)
-        started = [index for index in range(len(jobs)) if index not in built]
-        futures = {self.pool.submit(function, *jobs[index], options): index for index in started}
-        for index, batches in built.items():
-            batches.result()
-            futures[self.pool.submit(function, *jobs[index], options)] = index
+        futures = {}
+        for index, job in enumerate(jobs):
+            if index in built:
+                built[index].result()
+            futures[self.pool.submit(function, *job, options)] = index
         return futures
 
     def __enter__(self):
@@ -196,7 +198,8 @@ def _claim(devices):
 
 
 @functools.cache
-def _tokenizer(path):
+def tokenizer_of(path):
+    """The tokenizer of a folder, loaded once per process, so that haystacks are made once too."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)
@@ -217,20 +220,27 @@ def trained(task, preset, options):
         options["model"], dtype=torch.float32, attn_implementation="unique"
     ).to(_DEVICE[0])
     unique_hf.configure(model, page_size=task.page_size, score=task.score, budget=preset.plan.budgets[1])
-    start, training = _weights(model), None
+    start, training = weights_of(model), None
     if task.arm != "start":
         schedule = schedule_of(task, preset.plan)
         training = train(model, preset.plan, schedule, batches_file(preset.plan, task.seed, options["state"]))
         training["schedule"] = asdict(schedule)
-    end = _weights(model)
+    end = weights_of(model)
     if _DEVICE[0].type == "cuda":
         model = model.to(torch.bfloat16)  # what ships is what is measured
-        torch.cuda.empty_cache()  # others train on this GPU
+    release()
     return model.eval(), start, end, training
 
 
-def _weights(model):
+def weights_of(model):
+    """A copy of the parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def release():
+    """Gives memory that no tensor uses back to the GPU, where others train."""
+    if _DEVICE and _DEVICE[0].type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def run_task(task, preset, options):
@@ -243,7 +253,7 @@ def run_task(task, preset, options):
         return []
     began = time.monotonic()
     model, start, end, training = trained(task, preset, options)
-    tokenizer = _tokenizer(options["model"])
+    tokenizer = tokenizer_of(options["model"])
     mixed(model, start, end, preset.plan.mix)
     if task.arm == "soft":
         unique_hf.configure(model, budget=min(SHIPPED_BUDGET, preset.plan.budgets[1]))
@@ -252,6 +262,7 @@ def run_task(task, preset, options):
     records = _evaluations(task, model, tokenizer, preset, options["split"])
     for record in records:
         record.update(training=training, seconds=round(time.monotonic() - began, 1))
+    release()
     return records
 
 

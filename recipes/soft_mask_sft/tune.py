@@ -14,7 +14,7 @@ from concurrent.futures import as_completed
 from dataclasses import replace
 
 from recipes.soft_mask_sft.arms import PLANNED, add_options, environment
-from recipes.soft_mask_sft.experiment import PRESETS, Task, Workers, _tokenizer, trained
+from recipes.soft_mask_sft.experiment import PRESETS, Task, Workers, release, tokenizer_of, trained
 from recipes.soft_mask_sft.pocket_quality import evaluate
 from recipes.soft_mask_sft.pocket_training import mixed
 from unique_hf.table import render
@@ -50,7 +50,7 @@ def run_schedule(task, preset, options):
         mixed(model, start, end, factor)
         cells = evaluate(
             model,
-            _tokenizer(options["model"]),
+            tokenizer_of(options["model"]),
             preset.tuning_cells,
             preset.tuning_sizes,
             settings={"page_size": task.page_size, "score": task.score},
@@ -62,6 +62,7 @@ def run_schedule(task, preset, options):
     for row in rows:
         row["seconds"] = round(time.monotonic() - began, 1)
         row["training_seconds"] = training and training["seconds"]
+    release()
     return rows
 
 

@@ -111,7 +111,7 @@ def test_numbers_that_are_not_finite_stop_an_arm(batches):
 
 def test_mixing_goes_from_the_start_to_what_was_trained():
     model, other = make_model(), make_model()
-    start, end = experiment._weights(model), experiment._weights(other)
+    start, end = experiment.weights_of(model), experiment.weights_of(other)
     end = {name: weight + 0.25 for name, weight in end.items()}
     for factor, change in ((0.0, 0.0), (0.5, 0.125), (1.0, 0.25)):
         pocket_training.mixed(model, start, end, factor)
