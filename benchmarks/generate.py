@@ -1,226 +1,130 @@
 """Plain `generate`, end to end: captured sparse decoding against dense decoding in the same harness.
 
 `python -m benchmarks.generate` on a CUDA device writes `benchmarks/results/generate_h200.json` after every row, most
-important rows first, and stops starting rows after `--seconds`. `--smoke` runs a tiny case anywhere.
+important rows first, and stops starting rows after `--seconds`. `--rows '8B/*'` runs those whose name matches, so that
+several devices can share the work (`--out`, then `--merge`); `--profile` prints what one replayed step launches;
+`--smoke` runs a tiny case anywhere.
 
 Models have the shapes of Qwen3 and random weights. `ms` is the time of one step of `model.generate`, its Python loop
 included; `replay_ms` that of the graph alone; `dense_ms` that of the same model with attn_implementation="sdpa", its
 step captured on a cache of that length (graph alone). Rows of "decode" start from a synthetic prefix, random keys and
-values; rows of "prompt" read a real prompt. vLLM figures are stored ones of the same kind of GPU, not of this run.
+values, since a step takes as long whatever filled its cache; rows of "prompt" read a real prompt. vLLM figures are
+stored ones of the same kind of GPU, not of this run; needle accuracies are those of these settings in `quality.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import functools
-import gc
-import math
+import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
-from transformers.cache_utils import DynamicLayer
-from transformers.generation.streamers import BaseStreamer
+from transformers import DynamicCache
 
 import unique_hf
 from benchmarks.environment import RESULTS, write_results
-from unique_attention import ops
-from unique_hf import UniqueConfig, capture, graphs
+from benchmarks.harness import build, dense_ms, free, generate, kv_bytes, peak, prefix, replay_ms, sync, weight_bytes
+from unique_hf import UniqueConfig, capture
 
-# hidden, intermediate, layers, heads, kv heads, head dim, vocabulary
-MODELS = {
-    "8B": (4096, 12288, 36, 32, 8, 128, 151936),
-    "0.6B": (1024, 3072, 28, 16, 8, 128, 151936),
-    "smoke": (64, 96, 2, 4, 2, 32, 99),
-}
 # vLLM 0.24.0 (FlashAttention 3, CUDA graphs, torch.compile), dense, ms per step, measured once on an H200
 STORED = {
     ("8B", 1, 32768): 6.32, ("8B", 16, 32768): 23.1, ("8B", 1, 131072): 9.80, ("8B", 6, 131072): 41.7,
     ("0.6B", 1, 32768): 2.58, ("0.6B", 1, 131072): 5.22, ("0.6B", 8, 131072): 29.1, ("0.6B", 32, 32768): 29.0,
 }  # fmt: skip
-SETTINGS = {"default": UniqueConfig(), "page 16, int8, budget 512": UniqueConfig(16, 512, stats_dtype="int8")}
+SETTINGS = {"default": UniqueConfig(), "budget 512": UniqueConfig(budget=512)}
 STEPS = 128
-SPARE = 256
 
 
-class Clock(BaseStreamer):
-    """Notes when each token is on the host."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
+def accuracy_of(settings: UniqueConfig) -> float | None:
+    """Needle accuracy of these settings as stored by `benchmarks.quality`, or `None`."""
+    names = ("page_size", "stats_dtype", "score", "group_reduce", "budget")
+    for row in json.loads((RESULTS / "quality.json").read_text())["rows"]:
+        if all(row[name] == getattr(settings, name) for name in names):
+            return row["accuracy"]
+    return None
 
 
-class Pinned(DynamicLayer):
-    """A layer of one length, as a captured dense step needs it: every token goes to the last slot."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys[:, :, -1:].copy_(key_states)
-        self.values[:, :, -1:].copy_(value_states)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.keys.shape[2] - 1
+def set_up(model: Any, setting: str) -> UniqueConfig:
+    settings = SETTINGS[setting]
+    unique_hf.configure(model, **{k: v for k, v in settings.to_dict().items() if k != "format_version"})
+    unique_hf.report(model, reset=True)
+    return settings
 
 
-def build(name: str, device: str) -> Any:
-    """A model with random weights, made on the device."""
-    hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary = MODELS[name]
-    config = Qwen3Config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=vocabulary, max_position_embeddings=1 << 19,
-        rope_theta=1e6, tie_word_embeddings=name == "0.6B",
-    )  # fmt: skip
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="unique", dtype=dtype).eval()
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    return model
-
-
-def weight_bytes(model: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def kv_bytes(model: Any, batch: int, tokens: int) -> int:
-    c = model.config
-    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * next(model.parameters()).element_size()
-    return batch * tokens * per_token
-
-
-def prefix(model: Any, batch: int, context: int, settings: UniqueConfig, old: DynamicCache | None) -> DynamicCache:
-    """A cache of `context` random tokens with statistics; the keys and values of `old` are used again."""
-    cache = DynamicCache(config=model.config)
-    capacity = math.ceil((context + SPARE) / 64) * 64
-    c, parameter = model.config, next(model.parameters())
-    shape = (batch, c.num_key_value_heads, capacity, c.head_dim)
-    for index, layer in enumerate(cache.layers):
-        if old is None:
-            keys, values = (torch.empty(shape, dtype=parameter.dtype, device=parameter.device).normal_() for _ in "kv")
-        else:
-            keys, values = old.layers[index].buffers()
-            old.layers[index] = None
-        named = {"page_size": settings.page_size, "score": settings.score, "stats_dtype": settings.stats_dtype}
-        layer.move_to(keys, values, *ops.page_stats(keys, **named), settings=settings)
-        layer.leave_fixed(context)
-    return cache
-
-
-def sync() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def peak(reset: bool = False) -> int:
-    if not torch.cuda.is_available():
-        return 0
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated()
-
-
-def generate(model: Any, ids: torch.Tensor, tokens: int, **kwargs: Any) -> list[float]:
-    """Times of the tokens of one greedy call; the first entry is the prompt's."""
-    clock = Clock()
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-        streamer=clock, **kwargs,
-    )  # fmt: skip
-    sync()
-    return clock.times
-
-
-def replays(replay: Any, repeats: int = 20) -> float:
-    """Milliseconds of one replay."""
-    replay()
-    sync()
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        replay()
-    sync()
-    return (time.perf_counter() - begin) / repeats * 1e3
-
-
-def replay_ms(model: Any, context: int) -> float | None:
-    """The graph of the last call alone, on the buffers that it was captured on."""
-    step = next(iter(capture._STEPS.get(model, [])), None)
-    if step is None or step.replay is None:
-        return None
-    step.seq_lens.fill_(context)
-    return replays(step.replay)
-
-
-@torch.no_grad()
-def dense_ms(model: Any, cache: DynamicCache, context: int) -> float:
-    """One dense step of the same model on the first `context` slots of the same cache."""
-    model.set_attn_implementation("sdpa")
-    pinned = DynamicCache()
-    pinned.layers = [Pinned(*(b[:, :, :context] for b in layer.buffers())) for layer in cache.layers]
-    batch, device = cache.layers[0].keys.shape[0], model.device
-    ids = torch.ones(batch, 1, dtype=torch.long, device=device)
-    position_ids = torch.full((batch, 1), context - 1, device=device)
-
-    def step():
-        return model(ids, position_ids=position_ids, past_key_values=pinned, logits_to_keep=1).logits
-
-    try:
-        if device.type != "cuda":
-            return replays(step, 3)
-        recorder = graphs.CudaGraph(device)
-        recorder.warm(step)
-        return replays(recorder.capture(step))
-    finally:
-        model.set_attn_implementation("unique")
+def decode_row(name: str, model: Any, cache: DynamicCache, context: int, setting: str) -> dict:
+    """Sparse decoding from a synthetic prefix under one setting."""
+    batch = cache.layers[0].keys.shape[0]
+    ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device=model.device)
+    bare = weight_bytes(model) + kv_bytes(model, batch, context + STEPS)
+    begin = peak(reset=True)
+    clock = generate(model, ids, STEPS, past_key_values=cache)
+    times, tally = clock.times[1:], unique_hf.report(model).capture
+    steps = [1e3 * (b - a) for a, b in zip(times, times[1:])]
+    ms, stored = statistics.mean(steps[4:]), STORED.get((name, batch, context))
+    graph, step = replay_ms(model, context), next(iter(capture._STEPS.get(model, [])), None)
+    cache.crop(context - cache.get_seq_length())
+    over = [round((most - bare) / 2**20) for most in (begin, *clock.peaks[1:4], peak())]
+    return {
+        "kind": "decode", "model": name, "batch": batch, "context": context, "prefill": "synthetic",
+        "settings": setting, **{k: getattr(SETTINGS[setting], k) for k in ("page_size", "stats_dtype", "budget")},
+        "needle_accuracy_stored": accuracy_of(SETTINGS[setting]), "ms": round(ms, 3),
+        "ms_median": round(statistics.median(steps[4:]), 3), "replay_ms": graph and round(graph, 3),
+        "vllm_dense_ms_stored": stored, "x_vllm_stored": stored and round(stored / ms, 2),
+        "x_vllm_stored_replay": stored and graph and round(stored / graph, 2),
+        "first_steps_ms": [round(x, 1) for x in steps[:3]],
+        "peak_over_weights_and_kv": round(peak() / bare - 1, 4) if peak() else None,
+        # before the call, after the prompt, the eager step, the recording, and in all
+        "peaks_over_weights_and_kv_mib": over if peak() else None,
+        "fused_launches": dict(step.launches) if step is not None else None,
+        "captured_steps": tally.steps, "eager_because": dict(tally.eager),
+    }  # fmt: skip
 
 
 def decode_rows(name: str, model: Any, batch: int, context: int, names: list[str]) -> list[dict]:
     """Sparse decoding from a synthetic prefix under some settings, and dense decoding of the same cache."""
-    ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device=model.device)
-    rows, cache, dense = [], None, None
+    rows, cache = [], None
     for setting in names:
-        settings = SETTINGS[setting]
-        unique_hf.configure(model, **{k: v for k, v in settings.to_dict().items() if k != "format_version"})
-        cache = prefix(model, batch, context, settings, cache)
-        peak(reset=True)
-        unique_hf.report(model, reset=True)
-        times = generate(model, ids, STEPS, past_key_values=cache)[1:]
-        most, tally = peak(), unique_hf.report(model).capture
-        steps = [1e3 * (b - a) for a, b in zip(times, times[1:])]
-        bare = weight_bytes(model) + kv_bytes(model, batch, context + STEPS)
-        graph = replay_ms(model, context)
-        cache.crop(context - cache.get_seq_length())
-        if dense is None:
-            dense = dense_ms(model, cache, context)
-        ms, stored = statistics.mean(steps[4:]), STORED.get((name, batch, context))
-        rows.append({
-            "kind": "decode", "model": name, "batch": batch, "context": context, "prefill": "synthetic",
-            "settings": setting, "ms": round(ms, 3), "ms_median": round(statistics.median(steps[4:]), 3),
-            "replay_ms": graph and round(graph, 3), "dense_ms": round(dense, 3), "x_dense": round(dense / ms, 2),
-            "x_dense_replay": graph and round(dense / graph, 2), "vllm_dense_ms_stored": stored,
-            "x_vllm_stored": stored and round(stored / ms, 2), "first_steps_ms": [round(x, 1) for x in steps[:3]],
-            "peak_over_weights_and_kv": round(most / bare - 1, 4) if most else None,
-            "captured_steps": tally.steps, "eager_because": dict(tally.eager),
-        })  # fmt: skip
+        cache = prefix(model, batch, context, set_up(model, setting), cache)
+        rows.append(decode_row(name, model, cache, context, setting))
+        capture.release(model)
+    try:
+        dense: Any = dense_ms(model, cache, context)
+    except torch.OutOfMemoryError:
+        dense = None
+    for row in rows:
+        row["dense_ms"] = dense and round(dense, 3)
+        for ratio, ms in (("x_dense", row["ms"]), ("x_dense_replay", row["replay_ms"])):
+            row[ratio] = dense and ms and round(dense / ms, 2)
     return rows
+
+
+def profile(name: str, model: Any, batch: int, context: int, names: list[str]) -> list[dict]:
+    """What one replayed step launches, by name, longest first; and the time between replays."""
+    found = []
+    for setting in names:
+        cache = prefix(model, batch, context, set_up(model, setting), None)
+        row = decode_row(name, model, cache, context, setting)
+        step = capture._STEPS[model][0]
+        step.seq_lens.fill_(context)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as traced:
+            step.replay()
+            sync()
+        kernels = sorted(traced.key_averages(), key=lambda entry: -entry.self_device_time_total)
+        print(f"{name} {batch}x{context} {setting}: step {row['ms']} ms, replay {row['replay_ms']} ms")
+        print(f"  {sum(k.count for k in kernels)} launches, {sum(k.self_device_time_total for k in kernels):.0f} us")
+        for entry in kernels[:25]:
+            each = entry.self_device_time_total / entry.count
+            print(f"  {entry.self_device_time_total:9.1f} us {entry.count:5d} x {each:7.2f} us  {entry.key[:90]}")
+        found.append(row)
+        del cache
+        capture.release(model)
+        free()
+    return found
 
 
 def first_token_rows(name: str, model: Any, batch: int, context: int) -> list[dict]:
@@ -230,7 +134,7 @@ def first_token_rows(name: str, model: Any, batch: int, context: int) -> list[di
     for call in (1, 2, 3):
         unique_hf.report(model, reset=True)
         peak(reset=True)
-        times = generate(model, ids, 24)[1:]
+        times = generate(model, ids, 24).times[1:]
         steps = [round(1e3 * (b - a), 2) for a, b in zip(times, times[1:])]
         held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         rows.append({
@@ -272,7 +176,7 @@ def prompt_rows(name: str, model: Any, context: int, chunk: int) -> list[dict]:
     ids = torch.randint(0, model.config.vocab_size, (1, context), device=model.device)
     peak(reset=True)
     begin = time.perf_counter()
-    times = generate(model, ids, 16, prefill_chunk_size=chunk)
+    times = generate(model, ids, 16, prefill_chunk_size=chunk).times
     bare = weight_bytes(model) + kv_bytes(model, 1, context + 16)
     return [{
         "kind": "prompt", "model": name, "batch": 1, "context": context, "chunk": chunk,
@@ -291,37 +195,66 @@ def plan(smoke: bool) -> list[tuple[str, Any]]:
             functools.partial(prompt_rows, context=96, chunk=32),
         ]
         return [("smoke", job) for job in jobs]
-    both = list(SETTINGS)
-    eight = [
-        functools.partial(first_token_rows, batch=1, context=8192),
-        *(functools.partial(decode_rows, batch=b, context=n, names=both)
-          for b, n in ((6, 131072), (1, 131072), (16, 32768), (1, 32768))),
-        functools.partial(prefill_rows, context=32768),
-    ]  # fmt: skip
-    small = [
-        *(functools.partial(decode_rows, batch=b, context=n, names=both)
-          for b, n in ((8, 131072), (1, 32768), (1, 2048), (1, 131072), (32, 32768))),
-        functools.partial(prefill_rows, context=32768),
-    ]  # fmt: skip
-    long = [functools.partial(prompt_rows, context=262144, chunk=32768)]
-    return [("8B", job) for job in eight] + [("0.6B", job) for job in small] + [("8B", job) for job in long]
+    decode, first = functools.partial(decode_rows, names=list(SETTINGS)), first_token_rows
+    return [
+        ("8B", functools.partial(decode, batch=1, context=131072)),
+        ("8B", functools.partial(decode, batch=6, context=131072)),
+        ("8B", functools.partial(decode, batch=16, context=32768)),
+        ("8B", functools.partial(first, batch=1, context=8192)),
+        ("8B", functools.partial(prefill_rows, context=32768)),
+        ("8B", functools.partial(decode, batch=1, context=32768)),
+        ("8B", functools.partial(prompt_rows, context=262144, chunk=32768)),
+        ("0.6B", functools.partial(decode, batch=8, context=131072)),
+        ("0.6B", functools.partial(decode, batch=1, context=32768)),
+        ("0.6B", functools.partial(decode, batch=1, context=2048)),
+        ("0.6B", functools.partial(first, batch=1, context=8192)),
+        ("0.6B", functools.partial(prefill_rows, context=32768)),
+        ("0.6B", functools.partial(decode, batch=1, context=131072)),
+        ("0.6B", functools.partial(decode, batch=32, context=32768)),
+    ]
+
+
+def label(name: str, job: Any) -> str:
+    """Name of a row for `--rows`: model, kind, batch x context."""
+    kind = job.func.__name__.removesuffix("_rows")
+    return f"{name}/{kind}/{job.keywords.get('batch', 1)}x{job.keywords['context']}"
+
+
+def merge(paths: list[Path], out: Path) -> None:
+    """Put the rows of several files into one; all must be of one revision."""
+    found = [json.loads(path.read_text()) for path in paths]
+    if len({x["environment"]["revision"] for x in found}) > 1:
+        raise SystemExit("expected results of one revision, got " + str([x["environment"]["revision"] for x in found]))
+    out.write_text(json.dumps({**found[0], "rows": [row for x in found for row in x["rows"]]}, indent=1) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny case, on any device")
-    parser.add_argument("--only", nargs="*", default=None, help="kinds of rows (decode, prefill, ...) or models")
+    parser.add_argument("--rows", nargs="*", default=["*"], help="names of rows, as in '8B/decode/1x131072', '0.6B/*'")
+    parser.add_argument("--list", action="store_true", help="print the names of all rows")
+    parser.add_argument("--profile", action="store_true", help="print what a replayed step launches, store nothing")
+    parser.add_argument("--merge", nargs="*", type=Path, default=[], help="files to put together into --out")
     parser.add_argument("--seconds", type=float, default=240.0, help="start no row after this time")
     parser.add_argument("--out", type=Path, default=RESULTS / "generate_h200.json")
     args = parser.parse_args()
+    if args.merge:
+        return merge(args.merge, args.out)
+    jobs = plan(args.smoke)
+    if args.list:
+        return print("\n".join(label(name, job) for name, job in jobs))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.smoke:
         parser.error("no CUDA device: run on a GPU, or with --smoke")
     begin, rows, built, model = time.perf_counter(), [], None, None
-    for name, job in plan(args.smoke):
+    for name, job in jobs:
         kind = job.func.__name__.removesuffix("_rows").replace("_", " ")
-        if args.only and not {kind, name} & set(args.only):
+        if not any(fnmatch.fnmatch(label(name, job), pattern) for pattern in args.rows):
             continue
+        if args.profile:
+            if kind != "decode":
+                continue
+            job = functools.partial(profile, **job.keywords)
         if time.perf_counter() - begin > args.seconds:
             rows.append({"kind": kind, "model": name, **job.keywords, "skipped": f"after {args.seconds:.0f} s"})
             continue
@@ -339,7 +272,7 @@ def main():
             row["at_s"] = round(time.perf_counter() - begin, 1)
             print(row, flush=True)
         rows += found
-        if not args.smoke:
+        if not (args.smoke or args.profile):
             write_results(args.out, rows)
 
 
