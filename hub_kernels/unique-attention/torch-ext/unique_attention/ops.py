@@ -230,6 +230,7 @@ def unique_decode(
     dense_below: int = 0,
     counters: Tensor | None = None,
     new: tuple[Tensor, Tensor] | None = None,
+    super_stats: PageStats | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One decode step of UNIQUE attention: score all pages, keep the best, attend to them (Eq. 2 to 5).
@@ -254,6 +255,8 @@ def unique_decode(
             One tensor per stream.
         new (`tuple`, *optional*): Keys `[B, HK, 1, D]` and values `[B, HK, 1, DV]` of this token, not
             yet in the cache: they are appended as by [`append_tokens`], in the same launch where that is possible.
+        super_stats (`PageStats`, *optional*): Statistics of the super-pages of `k`, required where `config` has
+            `super_page_size`; `new` refreshes them too.
         impl (`str`, *optional*): `"triton"` or `"reference"`.
     Returns:
         `torch.Tensor`: `[B, H, 1, DV]`; with `return_page_ids` also the page ids.
@@ -263,24 +266,34 @@ def unique_decode(
     Numerics: as the parts; deterministic; lengths stay on the device; graph-safe. Two launches, one more to append
     where rows are many, two more for votes that need the best score of each head, and a fill without `counters`.
     """
-    score = config.score
+    score, upper = config.score, config.upper
     if new is not None and seq_lens is None:
         raise ValueError("`new` needs `seq_lens`, the slots in use with the new token included.")
-    if new is not None and seq_lens is not None and not use_triton(q, impl, score):
-        append_tokens(
-            k, v, stats, *new, seq_lens, page_size=config.page_size, score=score, stats_dtype=config.stats_dtype,
-            seq_starts=seq_starts, token_mask=token_mask, page_table=page_table, impl="reference",
-        )  # fmt: skip
+    if (upper is None) != (super_stats is None):
+        raise ValueError(
+            f"super_page_size={config.super_page_size}, `super_stats` {'not ' if super_stats is None else ''}given: "
+            "pass the statistics of pages of `super_page_size` tokens exactly where the settings have them."
+        )
+    if upper is not None and page_table is not None:
+        raise NotImplementedError("super-pages need a contiguous cache, got a page table; set super_page_size=None.")
     if not use_triton(q, impl, score):
+        if new is not None and seq_lens is not None:
+            _append_reference(k, v, stats, super_stats, new, config, seq_lens, seq_starts, token_mask, page_table)
         return reference.unique_decode(
             q, k, v, stats, config=config, softmax_scale=softmax_scale, seq_lens=seq_lens, seq_starts=seq_starts,
             token_mask=token_mask, page_table=page_table, softcap=softcap, sinks=sinks,
-            return_page_ids=return_page_ids, dense_below=dense_below,
+            return_page_ids=return_page_ids, dense_below=dense_below, super_stats=super_stats,
         )  # fmt: skip
     check_query(q, k, k.shape[0] if page_table is None else page_table.shape[0])
     check_dims(k, v, *(new or ()))
     check_triton_dims(k, v)
-    check_stats(stats, score=score, stats_dtype=config.stats_dtype, head_dim=k.shape[-1], num_kv_heads=k.shape[1])
+    for level in (stats, super_stats)[: 1 + (upper is not None)]:
+        check_stats(level, score=score, stats_dtype=config.stats_dtype, head_dim=k.shape[-1], num_kv_heads=k.shape[1])
+    if upper is not None and super_stats.spread.shape[2] * upper.page_size < stats.spread.shape[2] * config.page_size:
+        raise ValueError(
+            f"`super_stats` has {super_stats.spread.shape[2]} super-pages of {upper.page_size} tokens, too few for "
+            f"{stats.spread.shape[2]} pages of {config.page_size}."
+        )
     if new is not None:
         check_new(k, new[0], "keys")
         check_new(v, new[1], "values")
@@ -291,7 +304,17 @@ def unique_decode(
     kernels("unique_decode").unique_decode(
         q, k, v, stats, out, page_ids, config=config, score_weight=resolve_score_weight(score, config.score_weight),
         softmax_scale=resolve_scale(softmax_scale, q.shape[-1]), **rows, softcap=softcap, sinks=dense_rows(sinks),
-        dense_below=dense_below,
-        counters=counters, new=new,
+        dense_below=dense_below, counters=counters, new=new, super_stats=super_stats,
     )  # fmt: skip
     return (out, page_ids) if return_page_ids else out
+
+
+def _append_reference(k, v, stats, super_stats, new, config, seq_lens, seq_starts, token_mask, page_table):
+    """Writes a token and refreshes its page and, where there are any, its super-page."""
+    lengths = {"seq_starts": seq_starts, "token_mask": token_mask, "page_table": page_table}
+    naming = {"score": config.score, "stats_dtype": config.stats_dtype}
+    reference.append_tokens(k, v, stats, *new, seq_lens, page_size=config.page_size, **naming, **lengths)
+    if super_stats is not None:
+        reference.page_stats(
+            k, page_size=config.super_page_size, **naming, **lengths, seq_lens=seq_lens, num_new=1, out=super_stats
+        )

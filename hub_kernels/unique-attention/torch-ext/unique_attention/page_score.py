@@ -82,104 +82,155 @@ def _head_score(
 
 
 @triton.jit
-def score_blocks(
-    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, table_ptr,
-    stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
-    row, head, begin, first_page, last_page, num_pages, weight, scale,
+def prepare_group(
+    q_ptr, stride_qh, stride_qd, head, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
-    SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, HAS_TABLE: tl.constexpr, PEAKS: tl.constexpr,
-    DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 2 and 3 for `BLOCKS` blocks of `BLOCK_N` pages of a row, from page `begin`; the pointers are the row's."""
+    """What the group of kv head `head` brings to every page: its average, or its first head where that will not do."""
     linear: tl.constexpr = VOTE == VOTE_MEAN and FORM != DIAGONAL
-    qa, qb, qc, qd, qe, qf, qg, qh, norm = _prepare_head(
+    return _prepare_head(
         q_ptr, stride_qh, stride_qd, head * G, scale, D, BD, C, BC, NG, G if linear else 1, KIND, FORM, DP4A
     )
-    stop = tl.minimum(begin + BLOCKS * BLOCK_N, last_page)
-    for block in range(begin, stop, BLOCK_N):
+
+
+@triton.jit
+def score_pages(
+    qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr, raw_ptr, table_ptr,
+    stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_raw, stride_table,
+    row, head, pages, inside, num_pages, weight, scale,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, HAS_TABLE: tl.constexpr, DP4A: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """Eq. 2 and 3 for some pages of a row, `-inf` where not `inside`; the query comes from `prepare_group`.
+
+    A vote that needs the best score of each head first leaves the scores of each head in `raw`.
+    """
+    physical = physical_page(table_ptr, stride_table, row, pages, inside, HAS_TABLE)
+    offs_pc = physical * stride_cp
+    offs_ps = physical * stride_sp
+    spread = tl.zeros(pages.shape, tl.float32)
+    if FORM == SCALAR:
+        spread = tl.load(spread_ptr + physical * stride_dp, mask=inside, other=0.0).to(tl.float32)
+    best = _head_score(
+        qa, qb, qc, qd, qe, qf, qg, qh, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps,
+        spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
+    )  # fmt: skip
+    if VOTE != VOTE_MEAN or FORM == DIAGONAL:
+        if VOTE >= VOTE_SOFTMAX_MEAN:
+            tl.store(raw_ptr + pages, tl.where(inside, best, float("-inf")), mask=pages < num_pages)
+        for g in tl.static_range(1, G):
+            a, b, c, d, e, f, gg, h, other_norm = _prepare_head(
+                q_ptr, stride_qh, stride_qd, head * G + g, scale, D, BD, C, BC, NG, 1, KIND, FORM, DP4A
+            )
+            score = _head_score(
+                a, b, c, d, e, f, gg, h, other_norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc,
+                offs_ps, spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
+            )  # fmt: skip
+            if VOTE == VOTE_MAX:
+                best = tl.maximum(best, score)
+            elif VOTE == VOTE_MEAN:
+                best += score
+            else:
+                score = tl.where(inside, score, float("-inf"))
+                tl.store(raw_ptr + g * stride_raw + pages, score, mask=pages < num_pages)
+        if VOTE == VOTE_MEAN:
+            best = best / G
+    return tl.where(inside, best, float("-inf"))
+
+
+@triton.jit
+def score_blocks(
+    qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, table_ptr,
+    stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
+    row, head, begin, stop, first_page, last_page, num_pages, weight, scale,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
+    SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, HAS_TABLE: tl.constexpr,
+    DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """Eq. 2 and 3 for pages `begin .. stop - 1` of a row, in blocks of `BLOCK_N`; the pointers are the row's."""
+    for block in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         pages = block + tl.arange(0, BLOCK_N)
         inside = (pages >= first_page) & (pages < last_page)
-        physical = physical_page(table_ptr, stride_table, row, pages, inside, HAS_TABLE)
-        offs_pc = physical * stride_cp
-        offs_ps = physical * stride_sp
-        spread = tl.zeros((BLOCK_N,), tl.float32)
-        if FORM == SCALAR:
-            spread = tl.load(spread_ptr + physical * stride_dp, mask=inside, other=0.0).to(tl.float32)
-        best = _head_score(
-            qa, qb, qc, qd, qe, qf, qg, qh, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps,
-            spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
+        best = score_pages(
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, table_ptr,
+            stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
+            row, head, pages, inside, num_pages, weight, scale,
+            D, BD, C, BC, NG, G, KIND, FORM, VOTE, HAS_TABLE, DP4A, NATIVE_FP8,
         )  # fmt: skip
-        if not linear:
-            if VOTE >= VOTE_SOFTMAX_MEAN:
-                tl.store(out_ptr + pages, tl.where(inside, best, float("-inf")), mask=pages < num_pages)
-            for g in tl.static_range(1, G):
-                a, b, c, d, e, f, gg, h, other_norm = _prepare_head(
-                    q_ptr, stride_qh, stride_qd, head * G + g, scale, D, BD, C, BC, NG, 1, KIND, FORM, DP4A
-                )
-                score = _head_score(
-                    a, b, c, d, e, f, gg, h, other_norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc,
-                    offs_ps, spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
-                )  # fmt: skip
-                if VOTE == VOTE_MAX:
-                    best = tl.maximum(best, score)
-                elif VOTE == VOTE_MEAN:
-                    best += score
-                else:
-                    score = tl.where(inside, score, float("-inf"))
-                    tl.store(out_ptr + g * stride_og + pages, score, mask=pages < num_pages)
-            if VOTE == VOTE_MEAN:
-                best = best / G
         if VOTE == VOTE_MEAN or VOTE == VOTE_MAX:
-            best = tl.where(inside, best, float("-inf"))
             tl.store(out_ptr + pages, best, mask=pages < num_pages)
-            if PEAKS:
+            if GS > 1:
                 store_peaks(peaks_ptr, best, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["num_pages", "capacity"])
+@triton.jit(do_not_specialize=["num_pages", "num_peaks", "capacity", "dense_pages", "stride_table"])
 def _page_score_fwd_kernel(
-    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, len_ptr, start_ptr, table_ptr,
+    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, len_ptr, start_ptr, table_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_cb, stride_ch, stride_cp, stride_cv,
     stride_sb, stride_sh, stride_sp, stride_sv,
     stride_db, stride_dh, stride_dp,
     stride_ob, stride_oh, stride_og,
     stride_len, stride_start, stride_table,
-    num_pages, capacity, weight, scale,
-    P: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    num_pages, num_peaks, capacity, dense_pages, weight, scale,
+    P: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
+    NG: tl.constexpr, G: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_TABLE: tl.constexpr,
-    DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    SELECTING: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 2 and 3. Program `(block of BLOCK_N pages, kv head, row)` scores its pages for the `G` heads of the group.
+    """Eq. 2 and 3. Program `(BLOCKS blocks of BLOCK_N pages, kv head, row)` scores its pages for the `G` heads.
 
-    Writes `[B, HK, N]`, or `[B, HK, G, N]` before a vote that needs the best score of each head first.
+    Writes `[B, HK, N]`, or `[B, HK, G, N]` before a vote that needs the best score of each head first. `SELECTING`
+    leaves out what the selection of the next launch does not read: rows of at most `dense_pages` pages of `P / RATIO`
+    tokens are dense. It reads peaks too where groups have more than one page.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
-    last_page = tl.cdiv(row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS), P)
-    first_page = row_start(start_ptr, stride_start, pid_b, HAS_STARTS) // P
+    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
+    last_page = tl.cdiv(end, P)
+    first_page = tl.minimum(start // P, last_page)
     begin = tl.program_id(0) * (BLOCK_N * BLOCKS)
     row_out = out_ptr + pid_b * stride_ob + pid_h * stride_oh
-    if begin < last_page:
+    wanted = begin < last_page
+    if SELECTING:
+        small: tl.constexpr = P // RATIO
+        wanted = wanted & (begin + BLOCK_N * BLOCKS > first_page)
+        wanted = wanted & (tl.cdiv(end, small) - start // small > dense_pages)
+    if wanted:
         row_s = scales_ptr
         if KIND >= FP8:
             row_s += pid_b * stride_sb + pid_h * stride_sh
+        row_peaks = peaks_ptr
+        if GS > 1:
+            row_peaks += (pid_b * tl.num_programs(1) + pid_h) * num_peaks
+        row_q = q_ptr + pid_b * stride_qb
+        qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
+            row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
+        )
         score_blocks(
-            q_ptr + pid_b * stride_qb, codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
-            spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_out, None, table_ptr,
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
+            spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_out, row_peaks, table_ptr,
             stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
-            pid_b, pid_h, begin, first_page, last_page, num_pages, weight, scale,
-            D, BD, C, BC, NG, G, 0, 0, 1, BLOCK_N, BLOCKS, KIND, FORM, VOTE, HAS_TABLE, False, DP4A, NATIVE_FP8,
+            pid_b, pid_h, begin, tl.minimum(begin + BLOCKS * BLOCK_N, last_page), first_page, last_page, num_pages,
+            weight, scale,
+            D, BD, C, BC, NG, G, SINK, RECENT, GS, BLOCK_N, STAGES, KIND, FORM, VOTE, HAS_TABLE, DP4A,
+            NATIVE_FP8,
         )  # fmt: skip
-    nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    scored = tl.maximum(tl.cdiv(last_page - begin, BLOCK_N), 0) * BLOCK_N
-    for block in range(begin + scored, begin + BLOCKS * BLOCK_N, BLOCK_N):
-        pages = block + tl.arange(0, BLOCK_N)
-        for g in tl.static_range(1 if VOTE == VOTE_MEAN or VOTE == VOTE_MAX else G):
-            tl.store(row_out + g * stride_og + pages, nothing, mask=pages < num_pages)
+    if not SELECTING:
+        nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        scored = tl.maximum(tl.cdiv(last_page - begin, BLOCK_N), 0) * BLOCK_N
+        for block in range(begin + scored, begin + BLOCKS * BLOCK_N, BLOCK_N):
+            pages = block + tl.arange(0, BLOCK_N)
+            for g in tl.static_range(1 if VOTE == VOTE_MEAN or VOTE == VOTE_MAX else G):
+                tl.store(row_out + g * stride_og + pages, nothing, mask=pages < num_pages)
 
 
 @triton.jit(do_not_specialize=["num_pages"])
@@ -215,10 +266,13 @@ def _page_vote_fwd_kernel(
             tl.store(row_out + begin + offs, tl.where(outside, float("-inf"), x), mask=mask)
 
 
-# pages per block at head dim 128, warps, blocks per program where programs are many; measured on an H200
-SCORE_LAUNCH = {"fp32": (32, 4, 1), "bf16": (32, 2, 4), "fp8": (64, 1, 1), "int8": (64, 1, 1), "int4": (64, 1, 8)}
+# pages per block at head dim 128, warps, blocks per program where programs are many, depth of the loads' pipeline;
+# measured on an H200
+SCORE_LAUNCH = {
+    "fp32": (32, 4, 1, 1), "bf16": (32, 2, 4, 1), "fp8": (64, 1, 1, 1), "int8": (64, 1, 1, 1), "int4": (64, 1, 8, 1),
+}  # fmt: skip
 # codes that are unpacked to float32, for want of dp4a or of whole groups: more threads, or the vectors spill
-UNPACKED_LAUNCH = (32, 4, 1)
+UNPACKED_LAUNCH = (32, 4, 1, 1)
 
 
 class Scoring(NamedTuple):
@@ -226,8 +280,9 @@ class Scoring(NamedTuple):
 
     constants: dict
     block_n: int
-    blocks: int
     num_warps: int
+    blocks: int
+    stages: int
     per_head: bool
 
 
@@ -249,12 +304,12 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     rows = q.shape[0] * num_kv_heads
     squared = score in ("diagonal", "moment")
     unpacked = stats_dtype in ("int8", "int4") and (squared or not constants["DP4A"])
-    block_n, num_warps, blocks = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
+    block_n, num_warps, blocks, stages = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
     block_n = max(16, block_n * 128 // max(block_d, 64))
     # the query is prepared once per program: several blocks each, where programs are many
     if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
-        blocks = 1
-    return Scoring(constants, block_n, blocks, num_warps, per_head)
+        blocks = stages = 1
+    return Scoring(constants, block_n, num_warps, blocks, stages, per_head)
 
 
 def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
@@ -265,28 +320,45 @@ def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
     return tensors, (*page_strides(codes, paged), codes.stride(-2), *scale_strides, *page_strides(spread, paged))
 
 
+def launch_scores(
+    q, stats, out, peaks, scoring, *, page_size, score_weight, stats_dtype, softmax_scale, seq_lens, seq_starts,
+    page_table, capacity, ratio=1, dense_pages=None, forced=(0, 0), group_size=1, pdl=False,
+):  # fmt: skip
+    """One score pass into `out [B, HK, N]`, or `[B, HK, G, N]` for a vote that needs each head's best score first.
+
+    With `dense_pages` for a selection in the next launch: that wants `peaks [B, HK, groups]` as well.
+    """
+    paged = page_table is not None
+    batch, num_kv_heads, num_pages = out.shape[0], out.shape[1], out.shape[-1]
+    tensors, strides = stats_arguments(stats, stats_dtype, paged)
+    _page_score_fwd_kernel[(triton.cdiv(num_pages, scoring.block_n * scoring.blocks), num_kv_heads, batch)](
+        q, *tensors, out, peaks, seq_lens, seq_starts, page_table,
+        q.stride(0), q.stride(1), q.stride(-1), *strides,
+        out.stride(0), out.stride(1), out.stride(2) if scoring.per_head else 0,
+        stride_of(seq_lens), stride_of(seq_starts), stride_of(page_table),
+        num_pages, 0 if peaks is None else peaks.shape[-1], capacity, dense_pages or 0, score_weight, softmax_scale,
+        P=page_size, RATIO=ratio, **scoring.constants, SINK=forced[0], RECENT=forced[1], GS=group_size,
+        BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks, STAGES=scoring.stages,
+        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
+        SELECTING=dense_pages is not None, PDL=pdl, num_warps=scoring.num_warps,
+    )  # fmt: skip
+
+
 def page_scores(
     q, stats, out, *, page_size, score, score_weight, group_reduce, stats_dtype, softmax_scale, seq_lens, seq_starts,
     page_table,
 ):  # fmt: skip
     """Fills `out [B, HK, N]`."""
-    paged = page_table is not None
     batch, num_kv_heads, num_pages = out.shape
     scoring = plan_scoring(q, stats, num_pages, score=score, group_reduce=group_reduce, stats_dtype=stats_dtype)
     group = scoring.constants["G"]
     raw = out
     if scoring.per_head:
         raw = torch.empty((batch, num_kv_heads, group, num_pages), dtype=torch.float32, device=q.device)
-    tensors, strides = stats_arguments(stats, stats_dtype, paged)
-    _page_score_fwd_kernel[(triton.cdiv(num_pages, scoring.block_n * scoring.blocks), num_kv_heads, batch)](
-        q, *tensors, raw, seq_lens, seq_starts, page_table,
-        q.stride(0), q.stride(1), q.stride(-1), *strides,
-        raw.stride(0), raw.stride(1), raw.stride(2) if scoring.per_head else 0,
-        stride_of(seq_lens), stride_of(seq_starts), stride_of(page_table),
-        num_pages, num_pages * page_size, score_weight, softmax_scale,
-        P=page_size, **scoring.constants, BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks,
-        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
-        num_warps=scoring.num_warps,
+    launch_scores(
+        q, stats, raw, None, scoring, page_size=page_size, score_weight=score_weight, stats_dtype=stats_dtype,
+        softmax_scale=softmax_scale, seq_lens=seq_lens, seq_starts=seq_starts, page_table=page_table,
+        capacity=num_pages * page_size,
     )  # fmt: skip
     if scoring.per_head:
         _page_vote_fwd_kernel[(num_kv_heads, batch)](

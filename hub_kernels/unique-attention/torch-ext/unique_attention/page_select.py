@@ -2,8 +2,8 @@
 
 Exact without reading every score: the K' best pages lie in the K' groups of neighbouring pages with the highest
 peaks (a group beyond those has K' better pages before it). So a row searches its peaks, gathers the scores of the
-few groups that are left, and searches those. A search counts the keys above three trial thresholds at a time, in
-the integer order of float32, and stops as soon as a threshold keeps the number wanted: no sort, no atomics, the
+few groups that are left, and searches those; a row of few pages is searched at once. A search counts the keys above
+three trial thresholds at a time and stops as soon as a threshold keeps the number wanted: no sort, no atomics, the
 same answer on every run.
 
 May import torch, triton and `_common`.
@@ -20,6 +20,8 @@ from ._common import row_end, row_start, stride_of
 LOWEST = tl.constexpr(-2147483648)
 # pages that are searched one by one; counts of them share 32 bits
 MAX_CANDIDATES = 16384
+# rows of at most this many pages are searched without groups
+MAX_SINGLE = 2048
 
 
 @triton.jit
@@ -27,6 +29,18 @@ def ordered(x):
     """float32 as int32 in the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _unordered(key):
+    """The float32 of an ordered key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _between(low, high):
+    """The integer halfway, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
 
 
 @triton.jit
@@ -52,33 +66,54 @@ def _count_three(keys, first, second, third, TILE: tl.constexpr):
 
 
 @triton.jit
-def _search(keys, values_ptr, begin, end, low, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr):
+def _thresholds(low, high, linear):
+    """Three ascending keys inside `low .. high`: quarters of the values if `linear`, else of the keys."""
+    second = _between(low, high)
+    first = _between(low, second)
+    third = _between(second, high)
+    bottom = _unordered(low)
+    step = 0.25 * (_unordered(high - 1) - bottom)
+    # infinities and their differences have no quarters
+    if linear & (step >= 0.0) & (step < float("inf")):
+        first = ordered(bottom + step + 0.0)
+        second = ordered(bottom + 2.0 * step + 0.0)
+        third = ordered(bottom + 3.0 * step + 0.0)
+    third = tl.minimum(tl.maximum(third, low + 1), high - 1)
+    second = tl.minimum(tl.maximum(second, low + 1), third)
+    first = tl.minimum(tl.maximum(first, low + 1), second)
+    return first, second, third
+
+
+@triton.jit
+def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr):
     """Where to cut so that `wanted` to `enough` keys are taken, or, if ties forbid it, the key that must be shared.
 
     Returns a key and how many keys exceed it: those are taken, and of the keys equal to it as many as are still
-    wanted. `keys` are the first `TILE` of `begin .. end - 1`; at least `wanted` keys reach `low`.
+    wanted. `keys` are the first `TILE` of `begin .. end - 1`; fewer than `wanted` are all taken.
     """
     offs = tl.arange(0, TILE)
     top = tl.max(keys, axis=0)
-    reach_low = tl.sum((keys >= low).to(tl.int32), axis=0)
+    low = tl.min(tl.where(keys > LOWEST, keys, 0x7FFFFFFF), axis=0)
+    reach_low = tl.sum((keys > LOWEST).to(tl.int32), axis=0)
     if not SINGLE:
         for tile in range(begin + TILE, end, TILE):
             more = _load_keys(values_ptr, tile + offs, tile + offs < end)
             top = tl.maximum(top, tl.max(more, axis=0))
-            reach_low += tl.sum((more >= low).to(tl.int32), axis=0)
-    low = low.to(tl.int64)
-    high = top.to(tl.int64) + 1
+            low = tl.minimum(low, tl.min(tl.where(more > LOWEST, more, 0x7FFFFFFF), axis=0))
+            reach_low += tl.sum((more > LOWEST).to(tl.int32), axis=0)
+    high = top + 1
     reach_high = tl.full((), 0, tl.int32)
-    while (reach_low > enough) & (high - low > 1):
-        width = high - low
-        third = tl.minimum(low + ((3 * width + 3) >> 2), high - 1)
-        second = tl.minimum(low + ((2 * width + 3) >> 2), third)
-        first = tl.minimum(low + ((width + 3) >> 2), second)
-        n1, n2, n3 = _count_three(keys, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), TILE)
+    trial = tl.full((), 0, tl.int32)
+    while (reach_low > enough) & (low < high - 1):
+        # most values are told apart soonest by their quarters, those bunched beside an outlier by the order of the
+        # keys
+        first, second, third = _thresholds(low, high, (trial & 1) == 0)
+        trial += 1
+        n1, n2, n3 = _count_three(keys, first, second, third, TILE)
         if not SINGLE:
             for tile in range(begin + TILE, end, TILE):
                 more = _load_keys(values_ptr, tile + offs, tile + offs < end)
-                m1, m2, m3 = _count_three(more, first.to(tl.int32), second.to(tl.int32), third.to(tl.int32), TILE)
+                m1, m2, m3 = _count_three(more, first, second, third, TILE)
                 n1 += m1
                 n2 += m2
                 n3 += m3
@@ -99,7 +134,7 @@ def _search(keys, values_ptr, begin, end, low, wanted, enough, TILE: tl.constexp
             high = first
             reach_high = n1
     tie = reach_low > enough
-    return tl.where(tie, low, low - 1).to(tl.int32), tl.where(tie, reach_high, reach_low)
+    return tl.where(tie, low, low - 1), tl.where(tie, reach_high, reach_low)
 
 
 @triton.jit
@@ -118,6 +153,42 @@ def _positions(keys, key, tied, num_above, num_tied):
 
 
 @triton.jit
+def _store_best(keys, pages, ids_ptr, first_pos, last_pos, wanted, TILE: tl.constexpr):
+    """Positions `first_pos .. last_pos - 1` of the `wanted` best of some pages, which come in ascending order."""
+    key, above = _search(keys, ids_ptr, 0, 0, wanted, wanted, TILE, True)
+    take, pos, _, _ = _positions(keys, key, wanted - above, 0, 0)
+    tl.store(ids_ptr + pos, pages, mask=take & (pos >= first_pos) & (pos < last_pos))
+
+
+@triton.jit
+def select_listed(
+    scores_ptr, supers_ptr, ids_ptr, first_page, last_page, first_pos, last_pos,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, KS: tl.constexpr,
+    RATIO: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Eq. 4 among the pages of `KS` listed super-pages, whose scores come in that order, forced pages as `-inf`."""
+    store_forced(ids_ptr, first_page, last_page, first_pos, last_pos, K, BLOCK_K, SINK, RECENT)
+    offs = tl.arange(0, TILE)
+    listed = tl.load(supers_ptr + offs // RATIO, mask=offs < KS * RATIO, other=-1)
+    pages = listed * RATIO + offs % RATIO
+    inside = (listed >= 0) & (pages >= first_page + SINK) & (pages < last_page - RECENT)
+    keys = _load_keys(scores_ptr, offs, inside)
+    _store_best(keys, pages, ids_ptr + SINK, first_pos - SINK, last_pos - SINK, K - SINK - RECENT, TILE)
+
+
+@triton.jit
+def store_forced(
+    ids_ptr, first_page, last_page, first_pos, last_pos,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+):  # fmt: skip
+    """The first `SINK` and the last `RECENT` of `K` page ids."""
+    offs_k = tl.arange(0, BLOCK_K)
+    forced = tl.where(offs_k < SINK, first_page + offs_k, last_page - K + offs_k)
+    is_forced = (offs_k < SINK) | ((offs_k >= K - RECENT) & (offs_k < K))
+    tl.store(ids_ptr + offs_k, forced, mask=is_forced & (offs_k >= first_pos) & (offs_k < last_pos))
+
+
+@triton.jit
 def select_row(
     scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page, first_pos, last_pos,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
@@ -126,40 +197,38 @@ def select_row(
     """Eq. 4 for a row of more than `K` pages: writes positions `first_pos .. last_pos - 1` of the page ids.
 
     The row has pages `first_page .. last_page - 1`; `peaks` holds the best score of every `GS` pages, forced pages
-    left out; `groups` is scratch of `GROUPS` ids.
+    left out; `groups` is scratch of `GROUPS` ids. A row of at most `TILE` pages needs neither (`GS` 1).
     """
     wanted: tl.constexpr = K - SINK - RECENT
     begin = first_page + SINK
     end = last_page - RECENT
-    offs_k = tl.arange(0, BLOCK_K)
-    forced = tl.where(offs_k < SINK, first_page + offs_k, last_page - K + offs_k)
-    is_forced = (offs_k < SINK) | ((offs_k >= K - RECENT) & (offs_k < K))
-    tl.store(ids_ptr + offs_k, forced, mask=is_forced & (offs_k >= first_pos) & (offs_k < last_pos))
-    # the groups that can hold a page to keep
-    first_group = begin // GS
-    last_group = tl.cdiv(end, GS)
-    offs = tl.arange(0, TILE)
-    peaks = _load_keys(peaks_ptr, first_group + offs, first_group + offs < last_group)
-    anything = tl.full((), -2147483647, tl.int32)
-    key, above = _search(peaks, peaks_ptr, first_group, last_group, anything, wanted, GROUPS, TILE, SINGLE)
-    num_above = 0
-    num_tied = 0
-    for tile in range(first_group, tl.minimum(last_group, first_group + TILE) if SINGLE else last_group, TILE):
-        peaks = _load_keys(peaks_ptr, tile + offs, tile + offs < last_group)
-        take, pos, num_above, num_tied = _positions(peaks, key, GROUPS - above, num_above, num_tied)
-        tl.store(groups_ptr + pos, tile + offs, mask=take)
-    num_groups = num_above + tl.minimum(num_tied, GROUPS - above)
-    tl.debug_barrier()
-    # the pages of those groups, in ascending order
-    offs_c = tl.arange(0, GROUPS * GS)
-    group = tl.load(groups_ptr + offs_c // GS, mask=offs_c // GS < num_groups, other=0)
-    pages = group * GS + offs_c % GS
-    inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
-    keys = _load_keys(scores_ptr, pages, inside)
-    key, above = _search(keys, scores_ptr, 0, 0, key, wanted, wanted, GROUPS * GS, True)
-    take, pos, _, _ = _positions(keys, key, wanted - above, 0, 0)
-    pos += SINK
-    tl.store(ids_ptr + pos, pages, mask=take & (pos >= first_pos) & (pos < last_pos))
+    store_forced(ids_ptr, first_page, last_page, first_pos, last_pos, K, BLOCK_K, SINK, RECENT)
+    if GS == 1:
+        pages = begin + tl.arange(0, TILE)
+        keys = _load_keys(scores_ptr, pages, pages < end)
+        _store_best(keys, pages, ids_ptr + SINK, first_pos - SINK, last_pos - SINK, wanted, TILE)
+    else:
+        # the groups that can hold a page to keep
+        first_group = begin // GS
+        last_group = tl.cdiv(end, GS)
+        offs = tl.arange(0, TILE)
+        peaks = _load_keys(peaks_ptr, first_group + offs, first_group + offs < last_group)
+        key, above = _search(peaks, peaks_ptr, first_group, last_group, wanted, GROUPS, TILE, SINGLE)
+        num_above = 0
+        num_tied = 0
+        for tile in range(first_group, tl.minimum(last_group, first_group + TILE) if SINGLE else last_group, TILE):
+            peaks = _load_keys(peaks_ptr, tile + offs, tile + offs < last_group)
+            take, pos, num_above, num_tied = _positions(peaks, key, GROUPS - above, num_above, num_tied)
+            tl.store(groups_ptr + pos, tile + offs, mask=take)
+        num_groups = num_above + tl.minimum(num_tied, GROUPS - above)
+        tl.debug_barrier()
+        # the pages of those groups, in ascending order
+        offs_c = tl.arange(0, GROUPS * GS)
+        group = tl.load(groups_ptr + offs_c // GS, mask=offs_c // GS < num_groups, other=0)
+        pages = group * GS + offs_c % GS
+        inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
+        keys = _load_keys(scores_ptr, pages, inside)
+        _store_best(keys, pages, ids_ptr + SINK, first_pos - SINK, last_pos - SINK, wanted, GROUPS * GS)
 
 
 @triton.jit
@@ -232,12 +301,14 @@ class SelectPlan(NamedTuple):
     single: bool
 
     def peaks(self, num_pages: int) -> int:
-        """Number of groups of a row."""
-        return triton.cdiv(num_pages, self.group_size)
+        """Number of peaks of a row."""
+        return triton.cdiv(num_pages, self.group_size) if self.group_size > 1 else 1
 
 
 def plan_selection(num_pages: int, num_scored: int) -> SelectPlan:
     """Sizes for the best `num_scored` of `num_pages` pages; few, so that growing contexts do not recompile."""
+    if num_pages <= MAX_SINGLE:
+        return SelectPlan(1, 1, max(512, triton.next_power_of_2(num_pages)), True)
     groups = max(16, triton.next_power_of_2(num_scored))
     # as many peaks as pages to search after them
     group_size = 2
@@ -275,7 +346,8 @@ def select_pages(scores, page_ids, *, page_size, sink_pages, recent_pages, seq_l
     groups = torch.empty((batch, num_kv_heads, plan.groups), dtype=torch.int32, device=scores.device)
     lengths = {"page_size": page_size, "sink_pages": sink_pages, "recent_pages": recent_pages,
                "seq_lens": seq_lens, "seq_starts": seq_starts}  # fmt: skip
-    write_peaks(scores, peaks, plan, **lengths)
+    if plan.group_size > 1:
+        write_peaks(scores, peaks, plan, **lengths)
     _page_select_fwd_kernel[(num_kv_heads, batch)](
         scores, peaks, page_ids, groups, seq_lens, seq_starts,
         *scores.stride()[:2], *peaks.stride()[:2], *page_ids.stride()[:2],

@@ -154,6 +154,21 @@ def refresh_pages(
     tl.store(spread_ptr + physical * stride_dp, total.to(spread_ptr.dtype.element_ty), mask=mask_page)
 
 
+@triton.jit
+def write_token(
+    k_ptr, k_new_ptr, v_ptr, v_new_ptr, table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt, b, slot,
+    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, HAS_TABLE: tl.constexpr,
+):  # fmt: skip
+    """Writes a row's new key and value to `slot`."""
+    physical = physical_page(table_ptr, stride_table, b, slot // P, True, HAS_TABLE)
+    offs_d = tl.arange(0, BD)
+    offs_v = tl.arange(0, BDV)
+    key = tl.load(k_new_ptr + offs_d, mask=offs_d < D)
+    value = tl.load(v_new_ptr + offs_v, mask=offs_v < DV)
+    tl.store(k_ptr + physical * stride_kp + (slot % P) * stride_kt + offs_d, key, mask=offs_d < D)
+    tl.store(v_ptr + physical * stride_vp + (slot % P) * stride_vt + offs_v, value, mask=offs_v < DV)
+
+
 @triton.jit(do_not_specialize=["num_pages", "num_new", "capacity", "stride_mask", "stride_table"])
 def _page_stats_fwd_kernel(
     k_ptr, k_new_ptr, v_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,

@@ -8,6 +8,7 @@ kept, `s` softmax scale. Any float dtype; fp64 inputs are computed in fp64, all 
 2. Score of one query head: score(q, p) = q . mean_p + w * offset(q, p). (`page_scores`, forms in `head_scores`)
 3. Vote of the G query heads of a kv head: one score per page and kv head. (`group_vote`)
 4. Selection: sink and recent pages, then the highest scores up to K pages; ties to the lower page id. (`select_pages`)
+   Two levels: 1 to 4 on super-pages first; then only the pages of the super-pages kept compete. (`unique_decode`)
 5. Decode: softmax attention over the tokens of the kept pages. (`sparse_decode`)
 6. Training: logits of page p get + log sigmoid((score_ip - theta_i) / temperature), theta_i the midpoint of the last
    kept and the first dropped score of query i. (`soft_mask_attention`)
@@ -73,6 +74,7 @@ def unique_decode(
     sinks: Tensor | None = None,
     return_page_ids: bool = False,
     dense_below: int = 0,
+    super_stats: PageStats | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Score, vote, select and attend for the newest query: one decode step of UNIQUE attention.
 
@@ -93,6 +95,8 @@ def unique_decode(
         sinks (`torch.Tensor`, *optional*): `[H]` extra logit per head.
         return_page_ids (`bool`, *optional*, defaults to `False`): Return the kept pages too.
         dense_below (`int`, *optional*, defaults to 0): Rows of at most `dense_below // P` pages attend to all of them.
+        super_stats (`PageStats`, *optional*): Statistics of the super-pages of `k`, where `config` has them: only
+            pages in the super-pages that are kept compete.
     Returns:
         `torch.Tensor` `[B, H, 1, DV]` in the dtype of `q`, or a tuple of it and `[B, HK, K]` int32 page ids, all -1
         for rows that attend to more than K pages.
@@ -117,6 +121,11 @@ def unique_decode(
             token_mask=token_mask,
             **rows,
         )
+    upper = config.upper
+    if upper is not None:
+        kept = _kept_super_pages(q, super_stats, upper, softmax_scale, seq_lens, seq_starts)
+        ratio = upper.page_size // config.page_size
+        scores = scores.masked_fill(~kept.repeat_interleave(ratio, dim=-1)[..., :num_pages], float("-inf"))
     page_ids = select_pages(
         scores, num_kept=config.num_kept, sink_pages=config.sink_pages, recent_pages=config.recent_pages, **rows
     )
@@ -149,3 +158,24 @@ def _with_dense_rows(page_ids: Tensor, scores: Tensor, dense_pages: int, rows: d
     selected = F.pad(page_ids, (0, dense_pages - num_kept), value=-1)
     dense = count <= dense_pages
     return torch.where(dense, everything, selected), page_ids.masked_fill(dense & (count > num_kept), -1)
+
+
+def _kept_super_pages(q, stats, upper, softmax_scale, seq_lens, seq_starts) -> Tensor:
+    """Which super-pages the first level keeps: `[B, HK, NS]` bool."""
+    rows = {"page_size": upper.page_size, "seq_lens": seq_lens, "seq_starts": seq_starts}
+    scores = page_scores(
+        q,
+        stats,
+        score=upper.score,
+        score_weight=upper.score_weight,
+        group_reduce=upper.group_reduce,
+        stats_dtype=upper.stats_dtype,
+        softmax_scale=softmax_scale,
+        **rows,
+    )
+    ids = select_pages(
+        scores, num_kept=upper.num_kept, sink_pages=upper.sink_pages, recent_pages=upper.recent_pages, **rows
+    ).long()
+    kept = torch.zeros((*ids.shape[:2], scores.shape[-1] + 1), dtype=torch.bool, device=ids.device)
+    # unused entries go to a column of their own
+    return kept.scatter(-1, ids.where(ids >= 0, scores.shape[-1]), True)[..., :-1]

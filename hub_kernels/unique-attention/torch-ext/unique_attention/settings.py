@@ -74,7 +74,11 @@ class UniqueConfig:
             Without effect for `"mean"`, `"minmax"` and `"oracle"`, which have no offset.
         group_reduce (`str`, *optional*, defaults to `"mean"`): How the query heads of a kv head vote (Eq. 3), one of
             `GROUP_REDUCES`.
-        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage of the page statistics, one of `STATS_DTYPES`.
+        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage of the page statistics, one of
+        `STATS_DTYPES`. super_page_size (`int`, *optional*): Tokens per super-page, a power of two beyond
+        `page_size`, at most 128: decoding
+            scores super-pages first and then only the pages of the best ones. `None` scores every page.
+        super_budget (`int`, *optional*): Tokens in the super-pages that are kept; `None` takes four times `budget`.
         temperature (`float`, *optional*, defaults to 1.0): Width of the sigmoid of the soft mask (Eq. 6), in units of
             the page score (unscaled `q . k`).
         threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through the threshold of Eq. 6.
@@ -94,6 +98,8 @@ class UniqueConfig:
     score_weight: float | None = None
     group_reduce: str = "mean"
     stats_dtype: str = "int4"
+    super_page_size: int | None = None
+    super_budget: int | None = None
     temperature: float = 1.0
     threshold_grad: bool = False
     soft_mask: bool = True
@@ -122,6 +128,7 @@ class UniqueConfig:
                     f"`score_weight` must be >= 0, got {self.score_weight}; None takes the form's default."
                 )
         self._check_pages()
+        self._check_super_pages()
 
     def _check_pages(self):
         page_size = self.page_size
@@ -148,6 +155,63 @@ class UniqueConfig:
                 f"`budget` must be a multiple of page_size={page_size}, got {self.budget}; the nearest ones are "
                 f"{self.budget // page_size * page_size} and {(self.budget // page_size + 1) * page_size}."
             )
+
+    def _check_super_pages(self):
+        size = self.super_page_size
+        if size is None:
+            if self.super_budget is not None:
+                raise ValueError(
+                    f"`super_budget` needs `super_page_size`, got super_budget={self.super_budget} alone; set both or "
+                    "neither."
+                )
+            return
+        _check_int("super_page_size", size)
+        if not self.page_size < size <= MAX_PAGE_SIZE or size & (size - 1):
+            raise ValueError(
+                f"`super_page_size` must be a power of two beyond page_size={self.page_size}, at most "
+                f"{MAX_PAGE_SIZE}, got {size}; None scores every page."
+            )
+        if self.score == "oracle" or self.group_reduce not in ("mean", "max"):
+            raise ValueError(
+                "`super_page_size` needs a score from page statistics and the vote 'mean' or 'max', got "
+                f"score={self.score!r} and group_reduce={self.group_reduce!r}; set super_page_size=None."
+            )
+        if self.super_budget is not None:
+            _check_int("super_budget", self.super_budget)
+        budget, sinks, recents = self._upper_pages()
+        # the first and the last super-page of a row may hold few of its pages
+        least = max(self.budget + 2 * size, (sinks + recents + 1) * size)
+        if budget < least:
+            raise ValueError(
+                f"`super_budget` must hold the budget and two super-pages: expected >= {least}, got {budget}."
+            )
+        if budget % size:
+            raise ValueError(f"`super_budget` must be a multiple of super_page_size={size}, got {budget}.")
+
+    def _upper_pages(self) -> tuple[int, int, int]:
+        """Tokens, forced first and forced last super-pages of the first level."""
+        size, ratio = self.super_page_size, self.super_page_size // self.page_size
+        budget = -(-4 * self.budget // size) * size if self.super_budget is None else self.super_budget
+        # however the pages fall into super-pages, those hold every page that is forced
+        forced = (self.sink_pages, self.recent_pages)
+        sinks, recents = (-(-(pages + ratio - 1) // ratio) if pages else 0 for pages in forced)
+        return budget, sinks, recents
+
+    @property
+    def upper(self) -> UniqueConfig | None:
+        """Settings of the first level, whose pages are the super-pages; `None` where every page is scored."""
+        if self.super_page_size is None:
+            return None
+        budget, sinks, recents = self._upper_pages()
+        return replace(
+            self,
+            page_size=self.super_page_size,
+            budget=budget,
+            sink_pages=sinks,
+            recent_pages=recents,
+            super_page_size=None,
+            super_budget=None,
+        )
 
     @property
     def num_kept(self) -> int:

@@ -20,12 +20,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def attend_pages(
     q_ptr, stride_qh, stride_qd, k_ptr, v_ptr, ids_ptr, mask_ptr, table_ptr, stride_table,
     stride_kp, stride_kt, stride_vp, stride_vt,
-    b, first_head, start, end, base_page, first_pos, last_pos, scale, softcap,
+    b, first_head, start, end, base_page, first_pos, last_pos, every_page, scale, softcap,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
-    IDENTITY: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 5 over positions `first_pos .. last_pos - 1` of a page list (`base_page + position` if `IDENTITY`).
+    """Eq. 5 over positions `first_pos .. last_pos - 1` of a page list (`base_page + position` if `every_page`).
 
     Returns the unnormalised output `[GP, BDV]`, the maximum logit (base 2) and the sum of exponentials `[GP]`.
     """
@@ -44,10 +44,8 @@ def attend_pages(
     acc = tl.zeros((GP, BDV), tl.float32)
     for begin in tl.range(first_pos * P, last_pos * P, BLOCK_T, num_stages=STAGES):
         pos = (begin + offs_t) // P
-        if IDENTITY:
-            page = tl.where(pos < last_pos, base_page + pos, -1)
-        else:
-            page = tl.load(ids_ptr + pos, mask=pos < last_pos, other=-1)
+        page = tl.load(ids_ptr + pos, mask=(pos < last_pos) & (not every_page), other=-1)
+        page = tl.where(every_page & (pos < last_pos), base_page + pos, page)
         slot = page * P + (begin + offs_t) % P
         valid = (page >= 0) & (slot >= start) & (slot < end)
         if HAS_MASK:
@@ -93,29 +91,26 @@ def finish_row(
     last = True
     if SPLITS > 1:
         part = (row * SPLITS + split) * GP + offs_g
-        tl.store(acc_ptr + part[:, None] * BDV + offs_v[None, :], acc)
-        tl.store(ml_ptr + part * 2, m_i)
-        tl.store(ml_ptr + part * 2 + 1, l_i)
+        tl.store(acc_ptr + part[:, None] * BDV + offs_v[None, :], acc, mask=mask_o)
+        tl.store(ml_ptr + part * 2, m_i, mask=mask_g)
+        tl.store(ml_ptr + part * 2 + 1, l_i, mask=mask_g)
         tl.debug_barrier()
         last = tl.atomic_add(counter_ptr + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
         if last:
             # ready for the next call
             tl.store(counter_ptr + row, 0)
-            m_i = tl.full((GP,), float("-inf"), tl.float32)
-            l_i = tl.zeros((GP,), tl.float32)
+            parts = (row * SPLITS + tl.arange(0, SPLITS)[:, None]) * GP + offs_g[None, :]
+            extent = tl.load(ml_ptr + parts * 2, mask=mask_g[None, :], other=float("-inf"))  # [SPLITS, GP]
+            m_i = tl.max(extent, axis=0)
+            m_ref = tl.where(m_i == float("-inf"), 0.0, m_i)
+            l_parts = tl.load(ml_ptr + parts * 2 + 1, mask=mask_g[None, :], other=0.0)
+            l_i = tl.sum(l_parts * tl.exp2(extent - m_ref[None, :]), axis=0)
             acc = tl.zeros((GP, BDV), tl.float32)
-            for other in range(SPLITS):
+            for other in tl.range(SPLITS, loop_unroll_factor=4):
                 part = (row * SPLITS + other) * GP + offs_g
-                m_part = tl.load(ml_ptr + part * 2)
-                l_part = tl.load(ml_ptr + part * 2 + 1)
-                m_new = tl.maximum(m_i, m_part)
-                m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-                decay = tl.exp2(m_i - m_ref)
-                decay_part = tl.exp2(m_part - m_ref)
-                partial = tl.load(acc_ptr + part[:, None] * BDV + offs_v[None, :])
-                acc = acc * decay[:, None] + partial * decay_part[:, None]
-                l_i = l_i * decay + l_part * decay_part
-                m_i = m_new
+                decay = tl.exp2(tl.load(ml_ptr + part * 2, mask=mask_g, other=float("-inf")) - m_ref)
+                partial = tl.load(acc_ptr + part[:, None] * BDV + offs_v[None, :], mask=mask_o, other=0.0)
+                acc += partial * decay[:, None]
     if last:
         if HAS_SINKS:
             sink = tl.load(sinks_ptr + first_head + offs_g, mask=mask_g, other=float("-inf")).to(tl.float32) * LOG2E
@@ -171,8 +166,8 @@ def _sparse_decode_fwd_kernel(
         k_ptr + pid_b * stride_kb + pid_h * stride_kh, v_ptr + pid_b * stride_vb + pid_h * stride_vh,
         ids_ptr + pid_b * stride_ib + pid_h * stride_ih, row_mask, table_ptr, stride_table,
         stride_kp, stride_kt, stride_vp, stride_vt,
-        pid_b, pid_h * G, start, end, 0, first_pos, last_pos, scale, softcap,
-        P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, False, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
+        pid_b, pid_h * G, start, end, 0, first_pos, last_pos, False, scale, softcap,
+        P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
     )  # fmt: skip
     finish_row(
         acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
