@@ -212,14 +212,10 @@ def trained(task, preset, options):
         `tuple`: The model in the dtype that ships, ready for [`mixed`]; the weights before and after; facts of the
         training, or `None`.
     """
-    from transformers import AutoModelForCausalLM
-
     print(f"== {task.name} on {_DEVICE[0]}", flush=True)
     torch.manual_seed(task.seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        options["model"], dtype=torch.float32, attn_implementation="unique"
-    ).to(_DEVICE[0])
-    unique_hf.configure(model, page_size=task.page_size, score=task.score, budget=preset.plan.budgets[1])
+    settings = {"page_size": task.page_size, "score": task.score, "budget": preset.plan.budgets[1]}
+    model = load(options["model"], torch.float32, _DEVICE[0], settings)
     start, training = weights_of(model), None
     if task.arm != "start":
         schedule = schedule_of(task, preset.plan)
@@ -227,9 +223,26 @@ def trained(task, preset, options):
         training["schedule"] = asdict(schedule)
     end = weights_of(model)
     if _DEVICE[0].type == "cuda":
-        model = model.to(torch.bfloat16)  # what ships is what is measured
+        # what is measured is what a user loads
+        model = load(options["model"], torch.bfloat16, _DEVICE[0], settings)
     release()
     return model.eval(), start, end, training
+
+
+def load(path, dtype, device, settings):
+    """A model in a dtype; `model.to(dtype)` would round the rotary frequencies too, which ruins long contexts.
+
+    Args:
+        path (`Path`): Checkpoint.
+        dtype (`torch.dtype`): Of the parameters.
+        device (`torch.device`): Where to.
+        settings (`dict`): Of UNIQUE attention.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="unique").to(device)
+    unique_hf.configure(model, **settings)
+    return model
 
 
 def weights_of(model):

@@ -120,6 +120,15 @@ def test_mixing_goes_from_the_start_to_what_was_trained():
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == model.config.tie_word_embeddings
 
 
+def test_the_measured_dtype_leaves_rotary_frequencies_alone():
+    exact, rounded = (
+        experiment.load(experiment.START, dtype, torch.device("cpu"), {"page_size": 8})
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert rounded.lm_head.weight.dtype == torch.bfloat16 and unique_hf.configure(rounded).page_size == 8
+    assert torch.equal(rounded.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
+
+
 def row(schedule, mix, dense, long, sparse):
     accuracy = {"16384/dense": dense, "32768/dense": long, "16384/512": sparse}
     return {"schedule": schedule, "mix": mix, "page_size": 16, "accuracy": accuracy}
