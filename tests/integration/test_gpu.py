@@ -21,7 +21,8 @@ def test_all_pages_kept_gives_the_tokens_of_sdpa_on_cuda(padding, cache):
     inputs = to_cuda(batch(padding=padding))
     own, ours = make(attention="sdpa").cuda(), make().cuda()
     arguments = {"cache_implementation": cache, "disable_compile": True}
-    assert greedy(ours, inputs, **arguments).tolist() == greedy(own, inputs, **arguments).tolist()
+    # not offloaded: there Transformers up to 5.17 may read a layer of its own while it is being moved
+    assert greedy(ours, inputs, **arguments).tolist() == greedy(own, inputs).tolist()
     assert unique_hf.report(ours).pages_read > 0
 
 

@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .. import ops
 from ..settings import UniqueConfig
-from .pages import PageIndex, spare_capacity, writable
+from .pages import PageIndex, spare_capacity, wait_for_readers, writable
 from .settings import settings_of
 
 
@@ -274,6 +274,11 @@ class UniqueDynamicLayer(DynamicLayer):
         if self._views is not None and self._views[0] is not self.keys:
             self._drop_buffers()
 
+    def prefetch(self) -> None:
+        """Move keys and values back to the device."""
+        wait_for_readers(self)
+        super().prefetch()
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
         if self.index.settings is None:
@@ -344,10 +349,15 @@ class UniqueStaticLayer(StaticLayer):
         return tag(keys, self), tag(values, self)
 
     def reset(self) -> None:
-        """Zero the cache; the statistics keep their storage, whose address compiled steps know, for the next prompt."""
+        """Zero the cache; the statistics keep their storage, whose address compiled steps know."""
         super().reset()
         self.index.restart()
         self.host_length = 0
+
+    def prefetch(self) -> None:
+        """Move keys and values back to the device."""
+        wait_for_readers(self)
+        super().prefetch()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""

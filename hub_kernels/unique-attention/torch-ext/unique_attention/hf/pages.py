@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -41,6 +42,15 @@ def map_rows(tensor: torch.Tensor, select: Callable[[torch.Tensor], torch.Tensor
     if tensor.element_size() == 1 and tensor.is_floating_point():
         return select(tensor.view(torch.uint8)).view(tensor.dtype)
     return select(tensor)
+
+
+def wait_for_readers(layer: Any) -> None:
+    """Let the stream that brings an offloaded layer back wait for what is under way on the default stream.
+
+    Transformers up to 5.17 does not: memory is then filled anew while it is read, and copies are read half done.
+    """
+    if layer.is_initialized and layer.device.type == "cuda":
+        torch.cuda.current_stream(layer.device).wait_stream(torch.cuda.default_stream(layer.device))
 
 
 class PageIndex:
