@@ -286,6 +286,8 @@ def test_a_step_that_cannot_be_recorded_runs_eagerly(caplog):
     with recording_on_cpu(Refuses), caplog.at_level("WARNING"):
         for _ in range(2):
             assert greedy(model, inputs, tokens=12).tolist() == expected.tolist()
+            (step,) = capture._STEPS[model]
+            assert step.replay is None and step.warmed_for is None, "the next call starts over, with an eager step"
     tally = unique_hf.report(model).capture
     assert list(tally.eager.values()) == [2]
     assert "not permitted when stream is capturing" in next(iter(tally.eager))

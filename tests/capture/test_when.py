@@ -257,6 +257,31 @@ def test_changes_of_the_model_between_calls(change):
     assert found == greedy(model, inputs, tokens=12).tolist()
 
 
+@pytest.mark.parametrize("changes", [{"stats_dtype": "bf16"}, {"page_size": 8, "budget": 32}])
+def test_other_settings_get_buffers_of_their_own_and_keep_them(changes):
+    model, inputs = model_with(layers=2), batch(padding=(0, 0))
+    with recording_on_cpu() as log:
+        greedy(model, inputs, tokens=12)
+        unique_hf.configure(model, **changes)
+        found = [greedy(model, inputs, tokens=12).tolist() for _ in range(3)]
+    assert log.count("capture") == 2
+    assert found == [greedy(model, inputs, tokens=12).tolist()] * 3
+
+
+def test_other_constants_of_the_forward_make_the_recording_stale():
+    model, inputs = model_with(), batch()
+    with recording_on_cpu():
+        greedy(model, inputs, tokens=12)
+        (step,) = capture._STEPS[model]
+    ids, helper = torch.zeros(2, 1, dtype=torch.long), object()
+    calls = ({"scale": 1.0}, {"scale": 2.0}, {"scale": 2.0, "helper": helper}, {"scale": 2.0, "helper": object()}, {})
+    for constants in calls:
+        for again in (False, True):
+            step._load({"input_ids": ids, **constants})
+            assert step.constants == constants and (step.replay is not None) == again
+            step.replay = lambda: None
+
+
 def test_another_batch_or_length_is_captured_anew_and_concurrent_calls_keep_two():
     model = model_with()
     with recording_on_cpu() as log:
