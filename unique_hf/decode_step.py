@@ -29,7 +29,7 @@ class NotCapturable(RuntimeError):
 
 
 def _tensors(layer: Any) -> tuple[torch.Tensor | None, ...]:
-    return (*layer.buffers(), *layer.index.stats)
+    return (*layer.buffers(), *(tensor for level in layer.index.levels for tensor in level.stats))
 
 
 def _place(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
@@ -184,8 +184,7 @@ class DecodeStep:
         return fused(self._model, mode) if self.recorder.fuses else contextlib.nullcontext()
 
     def _mode(self, poison: bool = False) -> deferred.Deferred:
-        module = deferred.kernel()
-        return deferred.Deferred(module.skinny_linear, module.MAX_ROWS, poison)
+        return deferred.Deferred(deferred.kernel(), poison)
 
     def _may_defer(self, outputs: tuple[type, dict[str, Any]]) -> bool:
         """Run the step once more, its launches waiting: whether it gives the same results."""

@@ -86,14 +86,13 @@ class Deferred(TorchFunctionMode):
     """Runs linear layers late and together.
 
     Args:
-        linear (`Callable`): `skinny_linear` of the kernel package.
-        most_rows (`int`): Most tokens it takes.
+        module (`ModuleType`): `skinny_linear` of the kernel package.
         poison (`bool`, *optional*, defaults to `False`): Fill results with nan until they are computed.
     """
 
-    def __init__(self, linear: Callable[..., None], most_rows: int, poison: bool = False):
+    def __init__(self, module: Any, poison: bool = False):
         super().__init__()
-        self.linear, self.most_rows, self.poison = linear, most_rows, poison
+        self.module, self.poison = module, poison
         # launches made, by kind
         self.counts: Counter[str] = Counter()
         self._waiting: list[Any] = []
@@ -136,7 +135,7 @@ class Deferred(TorchFunctionMode):
 
     def _launch(self, items: list[_Linear], outs: tuple[torch.Tensor, ...], kind: str, **more: Any) -> None:
         biases = None if items[0].bias is None else tuple(item.bias for item in items)
-        self.linear(items[0].x, tuple(item.weight for item in items), biases, outs, **more)
+        self.module.skinny_linear(items[0].x, tuple(item.weight for item in items), biases, outs, **more)
         self.counts[kind] += 1
 
     def flush(self) -> None:
@@ -164,7 +163,7 @@ class Deferred(TorchFunctionMode):
         same = {t.dtype for t in (input, weight, *(() if bias is None else (bias,)))} <= DTYPES
         if not fits or not same or input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
             return None
-        if not 1 <= input.numel() // width <= self.most_rows or input.device != weight.device:
+        if not 1 <= input.numel() // width <= self.module.MAX_ROWS or input.device != weight.device:
             return None
         if self._waits(input):
             self.flush()
@@ -210,13 +209,21 @@ class Deferred(TorchFunctionMode):
         return None
 
     def _on_norm(self, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> torch.Tensor | None:
-        source = self._find(input, _Linear)
-        if source is None or eps is None or not _plain(input, weight) or weight.dtype != input.dtype:
+        if eps is None or not _plain(input, weight) or weight.dtype != input.dtype or input.dtype not in DTYPES:
             return None
         if weight.shape != input.shape[-1:] or tuple(normalized_shape) != tuple(weight.shape):
             return None
+        source = self._find(input, _Linear)
+        if source is not None:
+            out = self._result(input, *input.shape)
+            self._waiting.append(_Norm(out, source, input, weight, eps))
+            return out
+        self.flush()
+        if not 1 <= input.numel() // weight.numel() <= self.module.MAX_ROWS:
+            return None
         out = self._result(input, *input.shape)
-        self._waiting.append(_Norm(out, source, input, weight, eps))
+        self.module.rms_norm(input, weight, eps, out)
+        self.counts["norm"] += 1
         return out
 
     def rotate(self, fast: Callable[..., Any], *tensors: torch.Tensor) -> Any:

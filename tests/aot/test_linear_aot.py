@@ -57,6 +57,12 @@ def test_skinny_linear_compiles_without_spills(case, target, tmp_path):
     check(lambda: linear(*case), target, tmp_path)
 
 
+@pytest.mark.parametrize("target", [pytest.param(t, marks=[pytest.mark.slow] * (t in SLOW)) for t in TARGETS])
+def test_the_norm_compiles_without_spills(target, tmp_path):
+    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((16, 4096), (4096,)))
+    check(lambda: MODULES[0].rms_norm(x, weight, 1e-6, x), target, tmp_path)
+
+
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("target", [pytest.param(t, marks=[pytest.mark.slow] * (t in SLOW)) for t in TARGETS])
 def test_rotary_compiles_without_spills(norms, target, tmp_path):

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.kernels.cases import DEVICE
 from unique_attention.rotary import rotary
-from unique_attention.skinny_linear import plan_linear, skinny_linear
+from unique_attention.skinny_linear import plan_linear, rms_norm, skinny_linear
 
 pytestmark = [] if DEVICE == "cpu" else [pytest.mark.gpu]
 # the interpreter gets tl.dot wrong in bf16
@@ -59,6 +59,20 @@ def test_the_gated_pair_and_the_residual_equal_torch(dtype, rows, bias, poisoned
     exact = formula(*(t if t is None else t.double() for t in (x, gate, up, residual, *pair)))
     for found, truth, torchs in zip((out, added), exact, formula(x, gate, up, residual, *pair)):
         compare(found, truth, torchs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [96, 1024])
+def test_the_norm_equals_torch(dtype, width, poisoned_memory):
+    x, weight = tensor(3, 1, width, dtype=dtype, scale=5.0), tensor(width, dtype=dtype)
+    out = torch.empty_like(x)
+    rms_norm(x, weight, 1e-6, out)
+    exact = F.rms_norm(x.double(), (width,), weight.double(), 1e-6)
+    # as Transformers has it, rounded before the weight
+    normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    compare(out, exact, weight * normed.to(dtype))
+    with pytest.raises(ValueError, match="like x"):
+        rms_norm(x, weight[1:], 1e-6, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

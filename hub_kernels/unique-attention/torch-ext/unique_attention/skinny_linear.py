@@ -1,4 +1,4 @@
-"""Linear layers of a few tokens, as fast as their weights can be read. May import torch and triton.
+"""Linear layers and norms of a few tokens, as fast as their weights can be read. May import torch and triton.
 
 One launch takes up to three weights that share an input (queries, keys, values), or a gated pair with its product, or
 adds a residual. No weight is copied or moved: a program picks its weight by its number.
@@ -106,6 +106,23 @@ def _skinny_linear_fwd_kernel(
     tl.store(o_ptr + offs, y, mask=mask)
 
 
+@triton.jit
+def _rms_norm_fwd_kernel(x_ptr, weight_ptr, out_ptr, K, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Program `(row)`. out = weight * x / sqrt(mean(x^2) + eps), rounded before the weight too."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    offs = tl.arange(0, BLOCK)
+    mask = offs < K
+    start = tl.program_id(0).to(tl.int64) * K
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / K + eps)
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + start + offs, ((x * factor).to(dtype).to(tl.float32) * weight).to(dtype), mask=mask)
+
+
 class LinearLaunch(NamedTuple):
     """Tile sizes of one launch."""
 
@@ -178,4 +195,33 @@ def skinny_linear(
         PARTS=len(weights), GATED=gated, HAS_BIAS=biases is not None, HAS_RESIDUAL=residual is not None,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, STAGES=plan.stages, PDL=pdl,
         num_warps=plan.num_warps, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """RMS norm of few rows, in one launch that starts while the one before it ends.
+
+    Equation: out = weight * x / sqrt(mean(x^2) + eps), rounded before the multiplication as Transformers does.
+
+    Args:
+        x (`torch.Tensor`): `[..., K]`, contiguous.
+        weight (`torch.Tensor`): `[K]`.
+        eps (`float`): Added to the mean square.
+        out (`torch.Tensor`): As `x`, to be filled.
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+
+    Numerics: float32 inside; deterministic; graph-safe.
+    """
+    fits = x.dim() and weight.shape == x.shape[-1:] and out.shape == x.shape and x.dtype == weight.dtype == out.dtype
+    if not fits or not (x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()):
+        raise ValueError(
+            f"expected a weight of {x.shape[-1:]} and a result like x, contiguous and of {x.dtype}; got weight "
+            f"{list(weight.shape)}, {weight.dtype} and result {list(out.shape)}, {out.dtype}."
+        )
+    width, pdl = x.shape[-1], target_of(x.device).dependent_launch
+    block = triton.next_power_of_2(width)
+    _rms_norm_fwd_kernel[(x.numel() // width,)](
+        x, weight, out, width, eps, BLOCK=block, PDL=pdl, num_warps=max(1, min(8, block // 512)),
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
