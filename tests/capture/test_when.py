@@ -282,6 +282,20 @@ def test_other_constants_of_the_forward_make_the_recording_stale():
             step.replay = lambda: None
 
 
+def test_a_cache_without_padding_follows_one_with_it():
+    model = model_with()
+    with recording_on_cpu():
+        greedy(model, batch(padding=(13, 0)), tokens=6)
+        (step,) = capture._STEPS[model]
+        assert step.seq_starts.tolist() == [13, 0]
+        with torch.no_grad():
+            cache = model(**batch(padding=(0, 0)), use_cache=True).past_key_values
+        length = cache.get_seq_length()
+        step.bind(model, cache, length, length + 8, None, state=0)
+        assert step.seq_starts.tolist() == [0, 0] and step.seq_lens.tolist() == [length] * 2
+        step.release(length)
+
+
 def test_another_batch_or_length_is_captured_anew_and_concurrent_calls_keep_two():
     model = model_with()
     with recording_on_cpu() as log:
