@@ -233,6 +233,7 @@ class Call:
             self._counts.flush(module for module in (ref() for ref in step.modules) if module is not None)
         tally.captures += step.captures
         tally.seconds += step.seconds
+        tally.together += step.captures if step.launches else 0
         step.captures, step.seconds = 0, 0.0
         _keep(self.model, step)
 

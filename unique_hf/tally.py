@@ -23,6 +23,7 @@ class Tally:
         steps (`int`): Their decode steps, the eager first one of each capture included.
         captures (`int`): Recordings made.
         seconds (`float`): Time they took.
+        together (`int`): How many of the recordings have linear layers that run together with what follows them.
         eager (`Counter`): Calls that decoded eagerly, or went over to it, by reason.
     """
 
@@ -30,6 +31,7 @@ class Tally:
     steps: int = 0
     captures: int = 0
     seconds: float = 0.0
+    together: int = 0
     eager: Counter = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
@@ -38,7 +40,7 @@ class Tally:
         if self.calls:
             lines.append(
                 f"{self.calls:,} generate calls captured: {self.steps:,} steps, {self.captures} captures of "
-                f"{self.seconds:.2f} s in all"
+                f"{self.seconds:.2f} s in all, {self.together} with linear layers run together"
             )
         return lines + [f"{count:,} generate calls eager: {reason}" for reason, count in sorted(self.eager.items())]
 
@@ -68,7 +70,7 @@ def collect(model: torch.nn.Module, reset: bool = False) -> Tally:
         with _LOCK:
             found = TALLIES.pop(module, None) if reset else TALLIES.get(module)
         if found is not None:
-            for name in ("calls", "steps", "captures", "seconds", "eager"):
+            for name in ("calls", "steps", "captures", "seconds", "together", "eager"):
                 setattr(total, name, getattr(total, name) + getattr(found, name))
     return total
 
@@ -85,12 +87,12 @@ class StepCounts:
     def __init__(self, cache: Any, settings: Any, starts: list[int] | None):
         self.settings, self.starts, self.steps = settings, starts, 0
         # layers of one shape read the same pages: counted once per shape
-        self._kinds: dict[tuple[int, ...], tuple[Any, torch.Tensor, torch.Tensor, int]] = {}
+        self._kinds: dict[tuple[int, ...], tuple[Any, torch.Tensor, torch.Tensor, tuple[int, ...]]] = {}
         self._layers = []
         for layer in cache.layers:
             keys, values = (buffer[:, :, :0] for buffer in layer.buffers())
-            page_bytes = sum(t[0, :, 0].numel() * t.element_size() for t in layer.index.stats if t is not None)
-            kind = (*keys.shape, values.shape[-1], page_bytes)
+            page_bytes = layer.index.page_bytes
+            kind = (*keys.shape, values.shape[-1], *page_bytes)
             # sizes are all that is read of these tensors: empty ones keep no cache alive
             empty = (torch.empty_like(keys), torch.empty_like(values))
             self._kinds.setdefault(kind, (adapter().activity.Activity(), *empty, page_bytes))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import unique_hf
 from tests.capture.recorder import Replayed, recording_on_cpu
 from tests.capture.test_generate import model_with
 from tests.integration.tiny import ARCHITECTURES, batch, greedy, make
@@ -129,6 +130,8 @@ def test_a_captured_call_defers_and_gives_the_same_tokens():
             assert greedy(model, inputs, tokens=24).tolist() == expected
         step = capture._STEPS[model][0]
         assert step.defers and step.launches["gated linear"] >= 2
+        tally = unique_hf.report(model).capture
+        assert tally.together == tally.captures == 1 and "1 with linear layers" in tally.lines()[0]
     assert not any("forward" in vars(module) for module in model.modules())
 
 

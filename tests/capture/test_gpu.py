@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import unique_hf
 from tests.capture.test_generate import Stream
 from tests.integration.tiny import batch, greedy, make
-from unique_hf import capture
+from unique_hf import capture, deferred
 from unique_hf.fused import fused
 
 pytestmark = pytest.mark.gpu
@@ -224,3 +224,28 @@ def test_norms_and_rotations_are_fused_while_recording(dtype):
             found = model(**inputs).logits.float()
     assert counts == (9, 2), "four norms and a rotation per layer, and the last norm"
     assert (found - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 0.1) * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_linear_layers_that_run_together_are_as_exact_as_torchs(architecture, rows):
+    model = on_cuda(architecture=architecture, dtype=torch.bfloat16)
+    ids = torch.randint(3, 90, (rows, 1), device="cuda")
+    truth = make(architecture, "unique").to("cuda", torch.float64)
+    truth.load_state_dict(model.state_dict())
+    mode = deferred.Deferred(deferred.kernel(), poison=True)
+    with torch.no_grad():
+        exact, plain = truth(ids).logits, model(ids).logits
+        with fused(model, mode), mode:
+            found = model(ids).logits
+    assert mode.counts["gated linear"] == mode.counts["3 linear"] == model.config.num_hidden_layers
+    bound = 2 * (plain.double() - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (found.double() - exact).abs().max() <= bound
+
+
+def test_a_recorded_step_in_16_bits_runs_linear_layers_together():
+    model, inputs = on_cuda(architecture="qwen3", dtype=torch.bfloat16), prompt(rows=1, padding=(0,))
+    greedy(model, inputs, tokens=12)
+    step = capture._STEPS[model][0]
+    assert step.defers and step.launches["linear and residual"] == 2 * model.config.num_hidden_layers
+    assert unique_hf.report(model).capture.together == 1
