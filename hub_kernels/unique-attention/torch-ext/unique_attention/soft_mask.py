@@ -39,10 +39,10 @@ class Launch(NamedTuple):
     dkv: tuple[int, int]
 
 
-# by largest head dim and bytes per number
+# by largest head dim and bytes per number; two stages copy and compute in turn, three at the same time
 LAUNCH = {
-    (64, 2): Launch(64, 64, 64, (4, 3), (4, 2), (4, 2)),
-    (128, 2): Launch(64, 64, 32, (4, 2), (4, 2), (4, 2)),
+    (64, 2): Launch(64, 64, 64, (4, 3), (4, 3), (4, 3)),
+    (128, 2): Launch(64, 64, 32, (4, 2), (8, 3), (8, 3)),
     (256, 2): Launch(64, 32, 32, (8, 2), (8, 2), (8, 1)),
     (64, 4): Launch(32, 32, 32, (4, 1), (4, 1), (4, 1)),
     (128, 4): Launch(32, 32, 16, (4, 1), (4, 1), (4, 1)),
@@ -223,7 +223,7 @@ def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, La
     if not interpreted and (block_t * group_pow2 > launch.rows or block_t * num_features >= 8192):
         launch = launch._replace(**{name: (8, getattr(launch, name)[1]) for name in ("fwd", "dq", "dkv")})
     if backend == "hip":  # 64 KB of shared memory
-        launch = launch._replace(dkv=(launch.dkv[0], 1))
+        launch = launch._replace(dq=(launch.dq[0], min(launch.dq[1], 2)), dkv=(launch.dkv[0], 1))
     chunk = min(settings.page_size, launch.keys // 16)
     meta = {
         "sink_pages": settings.sink_pages, "recent_pages": settings.recent_pages, "scale": settings.softmax_scale,
