@@ -138,13 +138,14 @@ def in_blocks(layers: Sequence[Any]) -> bool:
 
 
 def _specs(layer: Any, capacity: int) -> list[Spec | None]:
-    pages = capacity // layer.index.settings.page_size
     found: list[Spec | None] = [
         Spec((*tensor.shape[:2], capacity, tensor.shape[3]), tensor.dtype) for tensor in (layer.keys, layer.values)
     ]
-    for tensor in layer.index.stats:
-        if tensor is None:
-            found.append(None)
-        else:
-            found.append(Spec((*tensor.shape[:2], pages, *tensor.shape[3:]), tensor.dtype))
+    for level in layer.index.levels:
+        pages = level.pages(capacity)
+        for tensor in level.stats:
+            if tensor is None:
+                found.append(None)
+            else:
+                found.append(Spec((*tensor.shape[:2], pages, *tensor.shape[3:]), tensor.dtype))
     return found

@@ -30,7 +30,8 @@ class LayerReport:
         soft_rows (`int`): Tokens that went through the soft mask.
         pages_read (`int`): Pages that decoded tokens read, per kv head.
         pages_present (`int`): Pages there were.
-        bytes_read (`int`): Bytes of keys, values and page statistics that decoded tokens read.
+        bytes_read (`int`): Bytes of keys, values and page statistics that decoded tokens read; with super-pages the
+            statistics of all super-pages, and of pages those in the super-pages kept.
         bytes_dense (`int`): Bytes of keys and values that dense attention would have read.
         recall (`float`, *optional*): Mean share of the true attention mass on the kept pages, over sparse rows;
             measured only with `UniqueConfig.measure_recall`.

@@ -74,11 +74,11 @@ class UniqueConfig:
             Without effect for `"mean"`, `"minmax"` and `"oracle"`, which have no offset.
         group_reduce (`str`, *optional*, defaults to `"mean"`): How the query heads of a kv head vote (Eq. 3), one of
             `GROUP_REDUCES`.
-        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage of the page statistics, one of
-        `STATS_DTYPES`. super_page_size (`int`, *optional*): Tokens per super-page, a power of two beyond
-        `page_size`, at most 128: decoding
-            scores super-pages first and then only the pages of the best ones. `None` scores every page.
-        super_budget (`int`, *optional*): Tokens in the super-pages that are kept; `None` takes four times `budget`.
+        stats_dtype (`str`, *optional*, defaults to `"int4"`): Storage of the page statistics, one of `STATS_DTYPES`.
+        super_page_size (`int`, *optional*): Tokens per super-page, a power of two beyond `page_size`, at most 128:
+            decoding scores super-pages first, and then only the pages of the best ones. `None` scores every page.
+        super_budget (`int`, *optional*): Tokens in the super-pages that are kept, a multiple of `super_page_size` with
+            room for `budget` and two super-pages; `None` takes four times `budget`.
         temperature (`float`, *optional*, defaults to 1.0): Width of the sigmoid of the soft mask (Eq. 6), in units of
             the page score (unscaled `q . k`).
         threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through the threshold of Eq. 6.
@@ -129,6 +129,8 @@ class UniqueConfig:
                 )
         self._check_pages()
         self._check_super_pages()
+        # no field: made once, since decoding asks at every step, and never compared or saved
+        object.__setattr__(self, "_upper", self._first_level())
 
     def _check_pages(self):
         page_size = self.page_size
@@ -183,7 +185,8 @@ class UniqueConfig:
         least = max(self.budget + 2 * size, (sinks + recents + 1) * size)
         if budget < least:
             raise ValueError(
-                f"`super_budget` must hold the budget and two super-pages: expected >= {least}, got {budget}."
+                "`super_budget` must hold the budget and two super-pages, and one super-page beside those of sink and "
+                f"recent pages: expected >= {least}, got {budget}. Raise it, or lower `super_page_size`."
             )
         if budget % size:
             raise ValueError(f"`super_budget` must be a multiple of super_page_size={size}, got {budget}.")
@@ -200,6 +203,9 @@ class UniqueConfig:
     @property
     def upper(self) -> UniqueConfig | None:
         """Settings of the first level, whose pages are the super-pages; `None` where every page is scored."""
+        return self._upper
+
+    def _first_level(self) -> UniqueConfig | None:
         if self.super_page_size is None:
             return None
         budget, sinks, recents = self._upper_pages()

@@ -26,7 +26,8 @@ class Activity:
         soft_rows (`int`): Tokens that went through the soft mask.
         pages_read (`int`): Pages read per kv head by the decoded tokens of layers with page statistics.
         pages_present (`int`): Pages there were for them.
-        bytes_read (`int`): Bytes of keys, values and statistics read by decoded tokens.
+        bytes_read (`int`): Bytes of keys, values and statistics read by decoded tokens; with super-pages the
+            statistics of all super-pages, and of pages those in the super-pages kept.
         bytes_dense (`int`): Bytes of keys and values that dense attention would have read for them.
         reasons (`Counter`): Decoded tokens by reason of the mode.
     """
@@ -116,12 +117,33 @@ def pages_of(length: int, start: int, page_size: int) -> int:
     return -(-length // page_size) - start // page_size
 
 
+def stats_bytes(settings: UniqueConfig, page_bytes: Sequence[int], length: int, start: int = 0) -> int:
+    """Bytes of statistics that one decoded token of a row reads.
+
+    Args:
+        settings (`UniqueConfig`): Settings of the call.
+        page_bytes (`Sequence`): Bytes of the statistics of one page, all kv heads together; then of a super-page.
+        length (`int`): Slots in use.
+        start (`int`, *optional*, defaults to 0): First valid slot.
+    Returns:
+        `int`: Those of all pages; with super-pages those of all super-pages and of the pages in the kept ones.
+    """
+    scored, upper = pages_of(length, start, settings.page_size), settings.upper
+    if upper is None:
+        return scored * page_bytes[0]
+    ratio, present = upper.page_size // settings.page_size, pages_of(length, start, upper.page_size)
+    # as with tokens below: the last super-page is always kept and may lack pages, of the others only the first can
+    missing = -pages_of(length, 0, settings.page_size) % ratio
+    scored = min(min(present, upper.num_kept) * ratio - missing, scored)
+    return scored * page_bytes[0] + present * page_bytes[1]
+
+
 def count_sparse(
     activity: Activity,
     settings: UniqueConfig,
     key: torch.Tensor,
     value: torch.Tensor,
-    page_bytes: int,
+    page_bytes: Sequence[int],
     length: int,
     starts: Sequence[int] | None,
 ) -> list[int]:
@@ -132,7 +154,7 @@ def count_sparse(
         settings (`UniqueConfig`): Settings of the call.
         key (`torch.Tensor`): `[B, HK, S, D]`.
         value (`torch.Tensor`): `[B, HK, S, DV]`.
-        page_bytes (`int`): Bytes of the statistics of one page, all kv heads together.
+        page_bytes (`Sequence`): Bytes of the statistics of one page, all kv heads together; then of a super-page.
         length (`int`): Slots in use.
         starts (`Sequence`, *optional*): First valid slot of each row.
     Returns:
@@ -149,7 +171,7 @@ def count_sparse(
         tokens = min(read * page_size - (-length % page_size), length - start)
         activity.pages_read += read
         activity.pages_present += present
-        activity.bytes_read += tokens * per_token + present * page_bytes
+        activity.bytes_read += tokens * per_token + stats_bytes(settings, page_bytes, length, start)
         activity.bytes_dense += (length - start) * per_token
         if present > kept:
             sparse.append(row)

@@ -114,7 +114,7 @@ def _count(module, mode: Mode, query, key, value) -> None:
 
 
 def _refresh(key, num_new: int, facts: MaskFacts | None, layer) -> tuple[ops.PageStats, dict[str, Any]]:
-    """Bring the layer's statistics up to date; also the lengths and masks that the decode op needs with them."""
+    """Bring the layer's statistics up to date; also what else of the layer and the mask the decode op needs."""
     token_mask = None if facts is None else facts.token_mask
     seq_starts = None if facts is None else facts.seq_starts
     where = {"seq_lens": None, "seq_starts": seq_starts, "token_mask": token_mask}
@@ -126,9 +126,10 @@ def _refresh(key, num_new: int, facts: MaskFacts | None, layer) -> tuple[ops.Pag
         where["seq_lens"] = layer.fixed_lens
         if facts is None:
             where["seq_starts"] = index.seq_starts
-        stats = index.first(-(-key.shape[2] // index.settings.page_size))
+        stats = index.first(key.shape[2])
     else:
         stats = index.refresh(key, token_mask, seq_starts)
+    where["super_stats"] = None if index.upper is None else index.upper.first(key.shape[2])
     return stats, where
 
 
@@ -194,16 +195,15 @@ def _decode(module, mode: Mode, query, key, value, facts, layer, call) -> torch.
         )
     out, page_ids = found if measure else (found, None)
     if counts is not None:
-        _count_pages(counts, settings, query, key, value, stats, page_ids, facts, layer, call)
+        _count_pages(counts, settings, query, key, value, page_ids, facts, layer, call)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoBackward.apply(out, query)
     return out.transpose(1, 2).contiguous()
 
 
-def _count_pages(counts, settings, query, key, value, stats, page_ids, facts, layer, call) -> None:
-    length = layer.host_length if isinstance_static(layer) else key.shape[2]
-    page_bytes = sum(t[0, :, 0].numel() * t.element_size() for t in stats if t is not None)
-    sparse = activity.count_sparse(counts, settings, key, value, page_bytes, length, layer.index.starts_host)
+def _count_pages(counts, settings, query, key, value, page_ids, facts, layer, call) -> None:
+    length, index = layer.host_length if isinstance_static(layer) else key.shape[2], layer.index
+    sparse = activity.count_sparse(counts, settings, key, value, index.page_bytes, length, index.starts_host)
     if page_ids is None or not sparse:
         return
     mass = activity.kept_mass(

@@ -158,7 +158,8 @@ class UniqueDynamicLayer(DynamicLayer):
         Args:
             keys (`torch.Tensor`): `[B, HK, capacity, D]`, whole pages.
             values (`torch.Tensor`): `[B, HK, capacity, DV]`.
-            *stats (`torch.Tensor`): The fields of `PageStats` for `capacity / P` pages.
+            *stats (`torch.Tensor`): The fields of `PageStats` for `capacity / P` pages; then, where the settings have
+                super-pages, theirs.
             settings (`UniqueConfig`): Settings of the model, under which an empty layer wakes.
         """
         length = self.get_seq_length()
@@ -170,7 +171,8 @@ class UniqueDynamicLayer(DynamicLayer):
         self._buffers = (keys, values)
         self._show(length)
         self.index.wake(settings)
-        self.index.move_to(ops.PageStats(*stats))
+        fields = len(ops.PageStats._fields)
+        self.index.move_to(*(ops.PageStats(*stats[i : i + fields]) for i in range(0, len(stats), fields)))
 
     def enter_fixed(self, seq_lens: torch.Tensor, capacity: int, counters: torch.Tensor | None = None) -> None:
         """Freeze shapes and addresses for a captured decode step.
@@ -195,11 +197,10 @@ class UniqueDynamicLayer(DynamicLayer):
             )
         page_size = index.settings.page_size
         capacity = math.ceil(capacity / page_size) * page_size
-        if index.covered < length:
-            index.refresh(self.keys, None, index.seq_starts)
+        index.refresh(self.keys, None, index.seq_starts)
         if not self._owns_buffers() or self._buffers[0].shape[2] < capacity:
             self._reserve(self.keys, self.values, capacity)
-        index.reserve(self._buffers[0].shape[2] // page_size)
+        index.reserve(self._buffers[0].shape[2])
         self.fixed_lens, self.counters = seq_lens, counters
 
     def leave_fixed(self, length: int) -> None:
@@ -210,26 +211,22 @@ class UniqueDynamicLayer(DynamicLayer):
         """
         self.fixed_lens = self.counters = self._pending = None
         self._show(length)
-        self.index.covered = length
+        for level in self.index.levels:
+            level.covered = length
 
     def _update_fixed(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self._buffers
         if self.counters is not None:
             self._pending = (key_states, value_states)
             return tag(keys, self), tag(values, self)
-        index, settings = self.index, self.index.settings
-        ops.append_tokens(
-            keys,
-            values,
-            index.first(keys.shape[2] // settings.page_size),
-            key_states,
-            value_states,
-            self.fixed_lens,
-            page_size=settings.page_size,
-            score=settings.score,
-            stats_dtype=settings.stats_dtype,
-            seq_starts=index.seq_starts,
-        )
+        index, settings, slots = self.index, self.index.settings, keys.shape[2]
+        kept: dict[str, Any] = {"score": settings.score, "stats_dtype": settings.stats_dtype}
+        kept.update(seq_starts=index.seq_starts)
+        new, lens = (key_states, value_states), self.fixed_lens
+        ops.append_tokens(keys, values, index.first(slots), *new, lens, page_size=settings.page_size, **kept)
+        if index.upper is not None:
+            kept.update(seq_lens=lens, num_new=key_states.shape[2], out=index.upper.first(slots))
+            ops.page_stats(keys, page_size=settings.super_page_size, **kept)
         return tag(keys, self), tag(values, self)
 
     def take_pending(self) -> tuple[torch.Tensor, torch.Tensor] | None:

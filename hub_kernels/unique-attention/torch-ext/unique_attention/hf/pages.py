@@ -57,12 +57,14 @@ class PageIndex:
     """Page statistics of one cache layer, kept up to date lazily from the cached keys.
 
     `settings` is `None` while the layer is dormant. `covered` tokens have current statistics; whatever shortens or
-    replaces the keys lowers it, and the next `refresh` recomputes the pages beyond it.
+    replaces the keys lowers it, and the next `refresh` recomputes the pages beyond it. Where the settings have
+    super-pages, `upper` is the index of these, and goes through whatever this one does.
     """
 
     def __init__(self):
         self.settings: UniqueConfig | None = None
         self.stats: ops.PageStats | None = None
+        self.upper: PageIndex | None = None
         self.built_with: tuple[int, str, str] | None = None
         self.covered = 0
         self.seq_starts: torch.Tensor | None = None
@@ -87,11 +89,31 @@ class PageIndex:
                 )
             # another score or storage needs other numbers per page; they are recomputed from the cached keys
             self.forget()
-        self.settings = settings
+        self.settings, upper = settings, settings.upper
+        if upper is None:
+            self.upper = None
+        else:
+            if self.upper is None or self.upper.settings.page_size != upper.page_size:
+                # no state hangs on super-pages: others are built from the cached keys
+                self.upper = PageIndex()
+            self.upper.wake(upper)
+
+    @property
+    def levels(self) -> tuple[PageIndex, ...]:
+        """This index and, where there are super-pages, theirs."""
+        return (self,) if self.upper is None else (self, self.upper)
+
+    @property
+    def page_bytes(self) -> tuple[int, ...]:
+        """Bytes of the statistics of one page, all kv heads together; then those of a super-page."""
+        return tuple(
+            sum(t[0, :, 0].numel() * t.element_size() for t in level.stats if t is not None) for level in self.levels
+        )
 
     def forget(self) -> None:
         """Drop the statistics; the next `refresh` builds them from scratch."""
-        self.stats, self.built_with, self.covered = None, None, 0
+        for level in self.levels:
+            level.stats, level.built_with, level.covered = None, None, 0
 
     def clear(self) -> None:
         """Forget everything about the tokens seen (the settings stay)."""
@@ -100,15 +122,23 @@ class PageIndex:
 
     def restart(self) -> None:
         """No tokens any more; the statistics keep their storage."""
-        self.covered, self.seq_starts, self.starts_host = 0, None, None
+        self.shorten(0)
+        self.seq_starts = self.starts_host = None
 
     def shorten(self, length: int) -> None:
         """The keys were cropped to `length` tokens; the next append rewrites the page that lost some of its tokens."""
-        self.covered = min(self.covered, length)
+        for level in self.levels:
+            level.covered = min(level.covered, length)
 
-    def reserve(self, num_pages: int) -> None:
-        """Make room for `num_pages` pages of statistics, keeping those that exist."""
-        old = self.stats
+    def pages(self, slots: int) -> int:
+        """Pages that hold `slots` slots."""
+        return math.ceil(slots / self.settings.page_size)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for the statistics of `slots` slots, keeping those that exist."""
+        if self.upper is not None:
+            self.upper.reserve(slots)
+        old, num_pages = self.stats, self.pages(slots)
         if old is None or (old.spread.shape[2] >= num_pages and writable(old.spread)):
             return
         kept = min(old.spread.shape[2], num_pages)
@@ -120,21 +150,24 @@ class PageIndex:
 
         self.stats = ops.PageStats(*(None if tensor is None else grow(tensor) for tensor in old))
 
-    def move_to(self, stats: ops.PageStats) -> None:
-        """Go on in storage that the caller brings, with the pages that are covered."""
+    def move_to(self, stats: ops.PageStats, *upper: ops.PageStats) -> None:
+        """Go on in storage that the caller brings, one per level, with the pages that are covered."""
+        if self.upper is not None:
+            self.upper.move_to(*upper)
         if self.stats is None:
             self.covered = 0
         else:
-            pages = math.ceil(self.covered / self.settings.page_size)
+            pages = self.pages(self.covered)
             for new, old in zip(stats, self.stats):
                 if new is not None:
                     new[:, :, :pages].copy_(old[:, :, :pages])
         self.stats = stats
         self.built_with = (self.settings.page_size, self.settings.score, self.settings.stats_dtype)
 
-    def first(self, num_pages: int) -> ops.PageStats:
-        """Views of the statistics of the first `num_pages` pages."""
-        return ops.PageStats(*(None if tensor is None else tensor[:, :, :num_pages] for tensor in self.stats))
+    def first(self, slots: int) -> ops.PageStats:
+        """Views of the statistics of the pages that hold the first `slots` slots."""
+        pages = self.pages(slots)
+        return ops.PageStats(*(None if tensor is None else tensor[:, :, :pages] for tensor in self.stats))
 
     def refresh(
         self, keys: torch.Tensor, token_mask: torch.Tensor | None, seq_starts: torch.Tensor | None
@@ -149,7 +182,6 @@ class PageIndex:
             `PageStats`: Statistics of the `ceil(S / P)` pages; views, valid until the next refresh.
         """
         settings, length = self.settings, keys.shape[2]
-        num_pages = math.ceil(length / settings.page_size)
         if self.stats is not None and self.stats.spread.shape[:2] != keys.shape[:2]:
             self.forget()
         fresh = self.covered if self.stats is not None else 0
@@ -159,17 +191,20 @@ class PageIndex:
             if self.stats is None:
                 self.stats = ops.page_stats(keys, **kwargs)
             else:
-                if self.stats.spread.shape[2] < num_pages or not writable(self.stats.spread):
-                    self.reserve(spare_capacity(length, settings.page_size) // settings.page_size)
-                ops.page_stats(keys, **kwargs, num_new=length - fresh, out=self.first(num_pages))
+                if self.stats.spread.shape[2] < self.pages(length) or not writable(self.stats.spread):
+                    self.reserve(spare_capacity(length, settings.page_size))
+                ops.page_stats(keys, **kwargs, num_new=length - fresh, out=self.first(length))
             self.built_with = (settings.page_size, settings.score, settings.stats_dtype)
             self.covered = length
-        return self.first(num_pages)
+        if self.upper is not None:
+            self.upper.refresh(keys, token_mask, seq_starts)
+        return self.first(length)
 
     def select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Carry the statistics and the padding along when the rows of the cache are reordered, repeated or dropped."""
-        if self.stats is not None:
-            self.stats = ops.PageStats(*(None if t is None else map_rows(t, select) for t in self.stats))
+        for level in self.levels:
+            if level.stats is not None:
+                level.stats = ops.PageStats(*(None if t is None else map_rows(t, select) for t in level.stats))
         if self.seq_starts is not None:
             self.seq_starts = select(self.seq_starts)
         if self.starts_host is not None and self.seq_starts is not None:
@@ -201,7 +236,7 @@ class PageIndex:
         Returns:
             `PageStats`: Statistics of all pages of the buffer.
         """
-        settings = self.settings
+        settings, appended = self.settings, num_new
         kwargs = {"page_size": settings.page_size, "score": settings.score, "stats_dtype": settings.stats_dtype}
         kwargs.update(seq_lens=seq_lens, seq_starts=seq_starts, token_mask=token_mask)
         if self.stats is None or self.stats.spread.shape[:2] != keys.shape[:2] or not writable(self.stats.spread):
@@ -218,4 +253,6 @@ class PageIndex:
             ops.page_stats(keys, **kwargs, num_new=num_new, out=self.stats)
         if not torch.compiler.is_compiling():
             self.covered = host_length
+        if self.upper is not None:
+            self.upper.refresh_static(keys, appended, host_length, seq_lens, token_mask, seq_starts)
         return self.stats
