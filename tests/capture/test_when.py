@@ -229,7 +229,8 @@ def switched_flag(model):
 
 def moved_weight(model):
     weight = model.model.layers[0].mlp.up_proj.weight
-    model.kept_alive = [weight.data]
+    # the old memory must not be given out again; kept outside the model, whose attributes the fingerprint reads too
+    weakref.finalize(model, list, [weight.data])
     weight.data = weight.data * -1.0
 
 
