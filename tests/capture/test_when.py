@@ -305,7 +305,8 @@ def test_another_batch_or_length_is_captured_anew_and_concurrent_calls_keep_two(
         assert log.count("capture") == 2
         nested = Stream(lambda: greedy(model, batch(rows=1, padding=(0,)), tokens=4))
         greedy(model, batch(padding=(0,)), tokens=5, streamer=nested)
-    assert len(capture._STEPS[model]) <= capture.KEPT
+        greedy(model, batch(rows=3, padding=(0,)), tokens=4)
+    assert [step.batch for step in capture._STEPS[model]][0] == 3 and len(capture._STEPS[model]) == capture.KEPT
 
 
 # --- the stand-in itself must be able to fail ---
