@@ -29,7 +29,7 @@ from transformers import DynamicCache
 import unique_hf
 from benchmarks.environment import RESULTS, write_results
 from benchmarks.harness import build, dense_ms, free, generate, kv_bytes, peak, prefix, replay_ms, sync, weight_bytes
-from unique_hf import UniqueConfig, capture
+from unique_hf import UniqueConfig, capture, deferred
 
 # vLLM 0.24.0 (FlashAttention 3, CUDA graphs, torch.compile), dense, ms per step, measured once on an H200
 STORED = {
@@ -234,12 +234,15 @@ def main():
     parser.add_argument("--rows", nargs="*", default=["*"], help="names of rows, as in '8B/decode/1x131072', '0.6B/*'")
     parser.add_argument("--list", action="store_true", help="print the names of all rows")
     parser.add_argument("--profile", action="store_true", help="print what a replayed step launches, store nothing")
+    parser.add_argument("--plain", action="store_true", help="record linear layers one by one, for comparison")
     parser.add_argument("--merge", nargs="*", type=Path, default=[], help="files to put together into --out")
     parser.add_argument("--seconds", type=float, default=240.0, help="start no row after this time")
     parser.add_argument("--out", type=Path, default=RESULTS / "generate_h200.json")
     args = parser.parse_args()
     if args.merge:
         return merge(args.merge, args.out)
+    if args.plain:
+        deferred.kernel = lambda: None
     jobs = plan(args.smoke)
     if args.list:
         return print("\n".join(label(name, job) for name, job in jobs))
