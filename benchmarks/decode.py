@@ -23,7 +23,8 @@ from unique_attention.settings import UniqueConfig
 
 READ_RATE = 4.4e12  # bytes per second that dense decode reaches on an H200
 COLD_BYTES = 300 * 2**20  # inputs rotate until they exceed the L2 cache by far
-KEYS = ("page_size", "stats_dtype", "score", "group_reduce", "budget")
+# the settings of a row; files from before super-pages lack the last two
+KEYS = ("page_size", "stats_dtype", "score", "group_reduce", "budget", "super_page_size", "super_budget")
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,25 @@ def index_bytes(config: UniqueConfig, head_dim: int) -> float:
     )
 
 
+def scored_bytes(config: UniqueConfig, context: int, head_dim: int) -> float:
+    """Bytes of statistics that a token reads per kv head: all pages; or all super-pages, and pages of those kept."""
+    upper = config.upper
+    scored = context if upper is None else min(upper.budget, context)
+    found = math.ceil(scored / config.page_size) * index_bytes(config, head_dim)
+    return found if upper is None else found + scored_bytes(upper, context, head_dim)
+
+
+def stored_bytes(config: UniqueConfig, head_dim: int) -> float:
+    """Bytes of statistics per token and kv head, super-pages included."""
+    levels = (config,) if config.upper is None else (config, config.upper)
+    return sum(index_bytes(level, head_dim) / level.page_size for level in levels)
+
+
 def floor_us(shape: Shape, config: UniqueConfig) -> float:
     """Time to read the statistics and the kept pages once at `READ_RATE`, in microseconds."""
     rows = shape.batch * shape.kv_heads
-    pages = math.ceil(shape.context / config.page_size)
     kept = min(config.budget, shape.context) * 2 * shape.head_dim * shape.dtype.itemsize
-    return rows * (pages * index_bytes(config, shape.head_dim) + kept) / READ_RATE * 1e6
+    return rows * (scored_bytes(config, shape.context, shape.head_dim) + kept) / READ_RATE * 1e6
 
 
 def dense_calls(shape: Shape, device: str) -> dict[str, list[Callable]]:
@@ -137,6 +151,7 @@ class Decode:
 
     def __init__(self, shape: Shape, config: UniqueConfig, device: str, dense_below: int):
         self.shape, self.config, self.dense_below = shape, config, dense_below
+        self.level = config.upper or config  # the level that is scored whole
         touched = floor_us(shape, config) * READ_RATE / 1e6
         sets = 1 if device == "cpu" else min(24, max(1, math.ceil(COLD_BYTES / touched)))
         cache_bytes = shape.dense_bytes
@@ -149,14 +164,15 @@ class Decode:
         size = (shape.batch, shape.kv_heads, capacity, shape.head_dim)
         k, v = (torch.randn(size, dtype=shape.dtype, device=device) for _ in "kv")
         lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
-        names = {"page_size": config.page_size, "score": config.score, "stats_dtype": config.stats_dtype}
-        stats = ops.page_stats(k, **names, seq_lens=lens)
+        names = {"score": config.score, "stats_dtype": config.stats_dtype, "seq_lens": lens}
+        stats = ops.page_stats(k, page_size=config.page_size, **names)
+        upper = None if config.upper is None else ops.page_stats(k, page_size=config.upper.page_size, **names)
         new = [
             torch.randn(shape.batch, shape.kv_heads, 1, shape.head_dim, dtype=shape.dtype, device=device) for _ in "kv"
         ]
         return {
             "q": torch.randn(shape.batch, shape.heads, 1, shape.head_dim, dtype=shape.dtype, device=device),
-            "k": k, "v": v, "stats": stats, "new": new, "lens": lens, "names": names,
+            "k": k, "v": v, "stats": stats, "upper": upper, "new": new, "lens": lens,
             "counters": torch.zeros(shape.batch * shape.kv_heads, dtype=torch.int32, device=device),
         }  # fmt: skip
 
@@ -164,22 +180,29 @@ class Decode:
         """Append one token's keys and values, score, select, attend."""
         return ops.unique_decode(
             x["q"], x["k"], x["v"], x["stats"], config=self.config, seq_lens=x["lens"], counters=x["counters"],
-            dense_below=self.dense_below, new=tuple(x["new"]),
+            dense_below=self.dense_below, new=tuple(x["new"]), super_stats=x["upper"],
         )  # fmt: skip
 
     def score(self, x: dict):
-        """The score pass alone."""
+        """The score pass alone; with super-pages that of these."""
+        c = self.level
         return ops.page_scores(
-            x["q"], x["stats"], page_size=self.config.page_size, score=self.config.score,
-            group_reduce=self.config.group_reduce, stats_dtype=self.config.stats_dtype, seq_lens=x["lens"],
+            x["q"], x["stats"] if x["upper"] is None else x["upper"], page_size=c.page_size, score=c.score,
+            group_reduce=c.group_reduce, stats_dtype=c.stats_dtype, seq_lens=x["lens"],
         )  # fmt: skip
 
     def parts(self) -> dict[str, float]:
-        """Microseconds of each part, alone."""
+        """Microseconds of each part, alone: the first level, and attention to as many tokens as are kept."""
         pages = self.config
         for x in self.inputs:
             x["scores"] = self.score(x)
-            x["ids"] = self.select(x)
+            if x["upper"] is None:
+                x["ids"] = self.select(x)
+            else:
+                _, x["ids"] = ops.unique_decode(
+                    x["q"], x["k"], x["v"], x["stats"], config=pages, seq_lens=x["lens"], super_stats=x["upper"],
+                    return_page_ids=True,
+                )  # fmt: skip
         calls = {
             "score_us": lambda x: self.score(x),
             "select_us": lambda x: self.select(x),
@@ -192,8 +215,8 @@ class Decode:
         }
 
     def select(self, x: dict):
-        """The selection alone."""
-        c = self.config
+        """The selection alone; with super-pages that of these."""
+        c = self.level
         return ops.select_pages(
             x["scores"], num_kept=c.num_kept, sink_pages=c.sink_pages, recent_pages=c.recent_pages,
             page_size=c.page_size, seq_lens=x["lens"],
@@ -203,7 +226,7 @@ class Decode:
 def quality_of(config: UniqueConfig, rows: list[dict]) -> dict:
     """Recall and needle accuracy of these settings, `None` where they were not measured."""
     for row in rows:
-        if all(row[key] == getattr(config, key) for key in KEYS):
+        if all(row.get(key) == getattr(config, key) for key in KEYS):
             return {"recall": row["recall"], "needle_accuracy": row["accuracy"]}
     return {"recall": None, "needle_accuracy": None}
 
@@ -241,23 +264,25 @@ def measure_setting(shape: Shape, config: UniqueConfig, device: str, quality, de
     }  # fmt: skip
     print(
         f"B{shape.batch:>3} x {shape.context:>7} H{shape.heads}/{shape.kv_heads} D{shape.head_dim} "
-        f"page {config.page_size:>2} {config.stats_dtype:>4} budget {config.budget:>4}: {us:7.1f} us "
+        f"page {config.page_size:>2} {config.stats_dtype:>4} budget {config.budget:>4} "
+        f"super {config.super_page_size or '-':>3} {config.super_budget or '-':>5}: {us:7.1f} us "
         f"(floor {row['floor_us']:6.1f}) {row['speedup']:6.2f}x of {best} {dense[best]:7.1f} parts {row['parts_us']}",
         flush=True,
     )
     return row
 
 
-def settings(*pairs, budget: int = 512) -> list[UniqueConfig]:
-    """Settings from `(page_size, stats_dtype)` pairs."""
-    return [UniqueConfig(page_size=p, stats_dtype=s, budget=budget) for p, s in pairs]
+def settings(*forms, budget: int = 512) -> list[UniqueConfig]:
+    """Settings from `(page_size, stats_dtype)` or `(page_size, stats_dtype, super_page_size, super_budget)`."""
+    names = ("page_size", "stats_dtype", "super_page_size", "super_budget")
+    return [UniqueConfig(**dict(zip(names, form)), budget=budget) for form in forms]
 
 
 def plan(which: str) -> list[tuple[Shape, list[UniqueConfig]]]:
     """The cases of a run: `main` for the targets, `full` with other shapes, `smoke` for any machine."""
     if which == "smoke":
         tiny = Shape(2, 256, heads=4, kv_heads=2, head_dim=64, dtype=torch.float32)
-        return [(tiny, settings((4, "int4"), (8, "fp8"), budget=64))]
+        return [(tiny, settings((4, "int4"), (8, "fp8"), (4, "int4", 16, 128), budget=64))]
     levers = [
         (8, "bf16"),
         (8, "int8"),
@@ -269,12 +294,26 @@ def plan(which: str) -> list[tuple[Shape, list[UniqueConfig]]]:
         (16, "int8"),
         (16, "int4"),
     ]
+    many = [(8, "int8"), (8, "int4"), (4, "int4"), (16, "fp8"), (16, "int8"), (16, "int4")]
+    single = [(4, "int4"), (8, "int4"), (16, "bf16"), (16, "int8"), (16, "int4")]
+    # page size, super-page size and tokens of the first level, in int4
+    two = {
+        (80, 32768): ((4, 16, 1024), (4, 16, 2048), (4, 32, 2048), (4, 32, 4096), (8, 32, 2048), (8, 64, 2048)),
+        (16, 131072): ((4, 32, 2048), (4, 64, 4096), (8, 64, 2048)),
+        (1, 131072): ((4, 64, 4096), (4, 32, 2048)),
+        (1, 32768): ((4, 32, 2048), (4, 16, 1024)),
+        (1, 1048576): ((4, 64, 4096), (4, 128, 8192), (8, 128, 4096)),
+    }
+    one = {
+        (80, 32768): levers,
+        (16, 131072): many,
+        (1, 131072): single,
+        (1, 32768): single,
+        (1, 1048576): [(16, "int4"), (16, "int8"), (32, "int4")],
+    }
     cases = [
-        (Shape(80, 32768), settings(*levers)),
-        (Shape(16, 131072), settings((8, "int8"), (8, "int4"), (4, "int4"), (16, "fp8"), (16, "int8"), (16, "int4"))),
-        (Shape(1, 131072), settings((4, "int4"), (8, "int4"), (16, "bf16"), (16, "int8"), (16, "int4"))),
-        (Shape(1, 32768), settings((4, "int4"), (8, "int4"), (16, "bf16"), (16, "int8"), (16, "int4"))),
-        (Shape(1, 1048576), settings((16, "int4"), (16, "int8"), (32, "int4"))),
+        (Shape(*case), settings(*forms, *((p, "int4", size, tokens) for p, size, tokens in two[case])))
+        for case, forms in one.items()
     ]
     for batch in (1, 8):
         cases += [(Shape(batch, n), settings((4, "int4"), (16, "int8"))) for n in (256, 1024, 2048, 4096, 8192)]

@@ -10,12 +10,12 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.decode import KEYS
 from benchmarks.environment import RESULTS, ROOT
 
-KEYS = ("page_size", "stats_dtype", "score", "group_reduce", "budget")
 IMAGES = ROOT / "docs" / "img"
 MARKERS = "osD^vP"
-PAPER = {"page_size": 8, "stats_dtype": "bf16", "score": "scalar", "budget": 512}
+PAPER = {"page_size": 8, "stats_dtype": "bf16", "score": "scalar", "budget": 512, "super_page_size": None}
 
 
 def read_results(path: Path) -> dict:
@@ -37,15 +37,16 @@ def is_main_shape(row: dict) -> bool:
 
 def label(row: dict) -> str:
     """A setting in few words."""
-    return f"{row['page_size']} {row['stats_dtype']}"
+    size = row.get("super_page_size")
+    return f"{row['page_size']} {row['stats_dtype']}" + (f" in {size}/{row['super_budget']}" if size else "")
 
 
 def join(decode: list[dict], quality: list[dict], context: int) -> list[dict]:
     """Decode rows with the accuracy that their settings had at `context`; rows without one are left out."""
-    accuracy = {tuple(row[key] for key in KEYS): row for row in quality if row["context"] == context}
+    accuracy = {tuple(row.get(key) for key in KEYS): row for row in quality if row["context"] == context}
     joined = []
     for row in decode:
-        found = accuracy.get(tuple(row[key] for key in KEYS))
+        found = accuracy.get(tuple(row.get(key) for key in KEYS))
         if found is not None and is_main_shape(row):
             joined.append({**row, "needle_accuracy": found["accuracy"], "dense_accuracy": found["dense_accuracy"]})
     return joined
@@ -83,7 +84,7 @@ def front(
         points = axis.plot([row["speedup"] for row in drawn], [100 * row["needle_accuracy"] for row in drawn], marker,
                            linestyle="none", label=name, markersize=6)  # fmt: skip
         for row in drawn:
-            paper = all(row[key] == value for key, value in PAPER.items())
+            paper = all(row.get(key) == value for key, value in PAPER.items())
             axis.annotate(
                 label(row) + (" (the paper's statistics)" if paper else ""),
                 (row["speedup"], 100 * row["needle_accuracy"]),

@@ -23,19 +23,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.decode import index_bytes, plan
+from benchmarks.decode import KEYS, plan, stored_bytes
 from benchmarks.environment import RESULTS, ROOT, write_results
 from unique_attention.settings import STATS_DTYPES, UniqueConfig
 from unique_hf import configure, report
 from unique_hf.facts import make_haystack
-from unique_hf.recording import by_page, kept_pages, page_scores, recorded, token_mass
+from unique_hf.recording import by_page, kept_pages, recorded, token_mass
 from unique_hf.retrieval import ask, prefill
 from unique_hf.table import render
 from unique_hf.text import topics
 
 FORMS = ("scalar", "diagonal", "mean", "minmax", "absolute", "principal", "oracle")
 VOTES = ("mean", "max", "softmax_mean")
-KEYS = ("page_size", "stats_dtype", "score", "group_reduce", "budget")
 WARM_ROWS = 16
 
 
@@ -46,6 +45,7 @@ def settings(preset: str) -> list[UniqueConfig]:
             UniqueConfig(page_size=4, stats_dtype="int4", budget=128),
             UniqueConfig(page_size=16, stats_dtype="bf16", group_reduce="max", budget=128),
             UniqueConfig(page_size=8, score="oracle", budget=256),
+            UniqueConfig(page_size=4, budget=128, super_page_size=16, super_budget=192),
         ]
     paper = {"page_size": 8, "stats_dtype": "bf16", "score": "scalar", "budget": 512}
     found = [UniqueConfig(**paper, group_reduce="max"), UniqueConfig(**paper), UniqueConfig()]
@@ -57,6 +57,7 @@ def settings(preset: str) -> list[UniqueConfig]:
     found += [UniqueConfig(page_size=4, group_reduce=vote, budget=512) for vote in VOTES]
     found += [UniqueConfig(**paper, group_reduce=vote) for vote in VOTES]
     found += [UniqueConfig(page_size=p, budget=b) for p in (4, 8, 16) for b in (256, 512, 1024)]
+    found += two_levels()
     if preset == "full":
         product = itertools.product((2, 4, 8, 16, 32), STATS_DTYPES, (256, 512, 1024))
         found += [UniqueConfig(page_size=p, stats_dtype=s, budget=b) for p, s, b in product]
@@ -66,6 +67,16 @@ def settings(preset: str) -> list[UniqueConfig]:
             for p, form, vote in product
         ]
     return list(dict.fromkeys(found))
+
+
+def two_levels(pages=(4, 8), sizes=(8, 16, 32, 64, 128), budgets=(1024, 2048, 4096)) -> list[UniqueConfig]:
+    """Super-pages of several sizes and budgets, as far as they are valid."""
+    product = itertools.product(pages, sizes, budgets)
+    return [
+        UniqueConfig(page_size=page, budget=512, super_page_size=size, super_budget=budget)
+        for page, size, budget in product
+        if size > page
+    ]
 
 
 @dataclass
@@ -139,7 +150,7 @@ def recall_of(hay: Haystack, config: UniqueConfig) -> tuple[float, float]:
     kept_sum = free_sum = 0.0
     for layer, query in hay.queries.items():
         keys = hay.cache.layers[layer].keys
-        kept = kept_pages(page_scores(query, keys, config, hay.scaling[layer]), config, keys.shape[2])
+        kept = kept_pages(query, keys, config, hay.scaling[layer])
         mass = by_page(hay.mass[layer], config.page_size)
         free = slice(config.sink_pages, mass.shape[-1] - config.recent_pages)
         kept_sum += float((mass * kept)[..., free].sum(dtype=torch.float64))
@@ -181,7 +192,7 @@ def row_of(config: UniqueConfig, tally: Tally, context: int, dense: float, head_
         "dense_accuracy": dense,
         "recall": round(tally.kept_mass / tally.free_mass, 5),
         "tokens_per_kv_head": round(tally.pages_read * config.page_size / tally.rows, 1),
-        "index_bytes_per_token": index_bytes(config, head_dim) / config.page_size,
+        "index_bytes_per_token": stored_bytes(config, head_dim),
         "sparse_share": tally.sparse_rows / tally.rows,
         "seconds": round(tally.seconds, 2),
     }

@@ -172,7 +172,8 @@ def test_masses_scores_and_kept_pages_fit_together(model, hay, cache):
     for form in ("oracle", "mean"):
         form_settings = settings.replace(score=form)
         scores = recording.page_scores(query, keys, form_settings, seen.scaling[3])
-        kept[form] = recording.kept_pages(scores, form_settings, keys.shape[2])
+        kept[form] = recording.kept_pages(query, keys, form_settings, seen.scaling[3])
+        assert kept[form].shape == scores.shape and scores[kept[form]].isfinite().all()
         assert (kept[form].sum(-1) == 8).all() and kept[form][..., 0].all() and kept[form][..., -2:].all()
     recall = {form: float((pages * chosen).sum(-1).mean()) for form, chosen in kept.items()}
     assert recall["oracle"] > recall["mean"] > 0.02

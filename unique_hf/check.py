@@ -79,13 +79,17 @@ def check(model: PreTrainedModel, **inputs: Any) -> CheckResult:
     if not hasattr(function, "is_unique_attention"):
         reason = f"attn_implementation is {implementation!r}; call model.set_attn_implementation('unique')"
         return CheckResult(tuple(LayerCheck(name, False, reason) for name in candidates))
-    seen = _probe(model, inputs)
+    seen, settings = _probe(model, inputs), adapter().settings_of(model.config)
+    super_pages = ""
+    if settings.upper is not None:
+        super_pages = f", in the best super-pages of {settings.super_page_size} ({settings.upper.budget:,} tokens)"
     layers = []
     for name, module in model.named_modules():
         if module in seen:
             calls = seen[module]
             mode = next((mode for tokens, mode in reversed(calls) if tokens == 1), calls[-1][1])
-            layers.append(LayerCheck(name, mode.kind == "sparse", mode.reason))
+            sparse = mode.kind == "sparse"
+            layers.append(LayerCheck(name, sparse, mode.reason + (super_pages if sparse else "")))
         elif name in candidates:
             layers.append(LayerCheck(name, False, _why_unseen(module)))
     result = CheckResult(tuple(layers))

@@ -34,6 +34,7 @@ TRAINED_MODEL = CHECKOUT / "models" / "pocket-lm-unique"  # the default model af
 # what both models must share, so that a difference between their answers comes from the training
 SHARED = (
     "page_size", "budget", "sink_pages", "recent_pages", "score", "score_weight", "group_reduce", "stats_dtype",
+    "super_page_size", "super_budget",
 )  # fmt: skip
 CONTEXT, FACTS, BATCH = 16640, 24, 8
 SHARE = 16  # the budget is at most one part in SHARE of the context

@@ -23,7 +23,10 @@ from .configure import ATTRIBUTE, configure
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAG = "unique-attention"
 # settings of inference; the rest steers training or debugging
-SHOWN = ("page_size", "budget", "sink_pages", "recent_pages", "score", "score_weight", "group_reduce", "stats_dtype")
+SHOWN = (
+    "page_size", "budget", "sink_pages", "recent_pages", "score", "score_weight", "group_reduce", "stats_dtype",
+    "super_page_size", "super_budget",
+)  # fmt: skip
 # what trainers leave beside a checkpoint and do not push themselves
 IGNORED = ["_*", "checkpoint-*/**"]
 FACTS = ("summary", "licence", "base_model", "datasets", "tags", "tables")

@@ -63,8 +63,7 @@ def sharpest_view(recordings: Sequence[tuple[Recording, Sequence[int]]], cache: 
         raise ValueError("expected recorded decode steps, got none: run questions inside `recorded(model)`")
     layer, head, query, mass = best
     keys = cache.layers[layer].keys
-    scores = page_scores(query, keys, settings, recordings[0][0].scaling[layer])
-    kept = kept_pages(scores, settings, keys.shape[2])
+    scores, kept = (find(query, keys, settings, recordings[0][0].scaling[layer]) for find in (page_scores, kept_pages))
     return PageView(layer, head, scores[:, head].cpu(), mass[:, head].cpu(), kept[:, head].cpu())
 
 

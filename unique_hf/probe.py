@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from .backend import adapter, kernel_module
 from .configure import configure
+from .recording import select
 
 # far below any difference of scores: every gate of Eq. 6 is open or shut
 HARD_TEMPERATURE = 1e-6
@@ -116,14 +117,18 @@ class _Meter:
     def _add(self, settings, queries, keys, mask, where, start, scaling, softcap, sinks) -> None:
         kernel, page_size = kernel_module(), settings.page_size
         rows = {"seq_lens": (where + 1).int(), "seq_starts": torch.full_like(where, start).int()}
-        form = {"page_size": page_size, "score": settings.score, "stats_dtype": "fp32"}
-        stats = kernel.page_stats(keys, **form, **rows, token_mask=mask)
-        scores = kernel.page_scores(
-            queries, stats, **form, **rows, score_weight=settings.score_weight, group_reduce=settings.group_reduce,
-            softmax_scale=scaling, k=keys if settings.score == "oracle" else None,
-        )  # fmt: skip
-        forced = {"sink_pages": settings.sink_pages, "recent_pages": settings.recent_pages}
-        page_ids = kernel.select_pages(scores, num_kept=settings.num_kept, page_size=page_size, **forced, **rows)
+
+        def scores_of(level) -> torch.Tensor:
+            form = {"page_size": level.page_size, "score": level.score, "stats_dtype": "fp32"}
+            stats = kernel.page_stats(keys, **form, **rows, token_mask=mask)
+            return kernel.page_scores(
+                queries, stats, **form, **rows, score_weight=level.score_weight, group_reduce=level.group_reduce,
+                softmax_scale=scaling, k=keys if level.score == "oracle" else None,
+            )  # fmt: skip
+
+        scores = scores_of(settings)
+        # the gates of training rank all pages, decoding those of the super-pages kept
+        page_ids = select(lambda level: scores if level is settings else scores_of(level), settings, **rows)
         mass = adapter().activity.kept_mass(
             queries,
             keys,

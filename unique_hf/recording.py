@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def by_page(mass: torch.Tensor, page_size: int) -> torch.Tensor:
 
 
 def page_scores(query: torch.Tensor, keys: torch.Tensor, settings: Any, scaling: float) -> torch.Tensor:
-    """The page scores that unique attention would rank for these queries (Eq. 1 to 3).
+    """The page scores that unique attention would rank for these queries (Eq. 1 to 3), whatever the super-pages.
 
     Args:
         query (`torch.Tensor`): `[B, H, 1, D]`.
@@ -107,21 +107,46 @@ def page_scores(query: torch.Tensor, keys: torch.Tensor, settings: Any, scaling:
     )  # fmt: skip
 
 
-def kept_pages(scores: torch.Tensor, settings: Any, length: int) -> torch.Tensor:
-    """Which pages unique attention would keep (Eq. 4).
+def kept_pages(query: torch.Tensor, keys: torch.Tensor, settings: Any, scaling: float) -> torch.Tensor:
+    """Which pages unique attention would keep for these queries (Eq. 4, of super-pages first where there are any).
 
     Args:
-        scores (`torch.Tensor`): `[B, HK, N]`.
+        query (`torch.Tensor`): `[B, H, 1, D]`.
+        keys (`torch.Tensor`): `[1, HK, S, D]`.
         settings (`UniqueConfig`): Settings.
-        length (`int`): Tokens of the row.
+        scaling (`float`): s.
     Returns:
         `torch.Tensor`: `[B, HK, N]` bool.
     """
-    ids = kernel_module().select_pages(
+    lens = torch.full((query.shape[0],), keys.shape[2], dtype=torch.int32, device=keys.device)
+    ids = select(lambda level: page_scores(query, keys, level, scaling), settings, seq_lens=lens)
+    return as_mask(ids, -(-keys.shape[2] // settings.page_size))
+
+
+def select(scores_of: Callable[[Any], torch.Tensor], settings: Any, **rows: torch.Tensor) -> torch.Tensor:
+    """The pages that decoding keeps, from the scores of each level.
+
+    Args:
+        scores_of (`Callable`): Gives the scores `[B, HK, N]` of pages under the settings of a level.
+        settings (`UniqueConfig`): Settings.
+        **rows (`torch.Tensor`): `seq_lens` and `seq_starts`.
+    Returns:
+        `torch.Tensor`: `[B, HK, K]` int32, -1 padded.
+    """
+    scores, upper = scores_of(settings), settings.upper
+    if upper is not None:
+        # pages of super-pages that the first level drops do not compete
+        ratio = upper.page_size // settings.page_size
+        kept = as_mask(select(scores_of, upper, **rows), -(-scores.shape[2] // ratio)).repeat_interleave(ratio, 2)
+        scores = scores.masked_fill(~kept[..., : scores.shape[2]], float("-inf"))
+    return kernel_module().select_pages(
         scores, num_kept=settings.num_kept, sink_pages=settings.sink_pages, recent_pages=settings.recent_pages,
-        page_size=settings.page_size,
-        seq_lens=torch.full((scores.shape[0],), length, dtype=torch.int32, device=scores.device),
+        page_size=settings.page_size, **rows,
     )  # fmt: skip
+
+
+def as_mask(ids: torch.Tensor, num_pages: int) -> torch.Tensor:
+    """Listed pages `[B, HK, K]`, -1 padded, as `[B, HK, N]` bool."""
     # -1 means no page and lands in a spare column
-    kept = torch.zeros((*scores.shape[:2], scores.shape[2] + 1), dtype=torch.bool, device=scores.device)
-    return kept.scatter_(2, torch.where(ids < 0, scores.shape[2], ids).long(), True)[..., :-1]
+    kept = torch.zeros((*ids.shape[:2], num_pages + 1), dtype=torch.bool, device=ids.device)
+    return kept.scatter_(2, torch.where(ids < 0, num_pages, ids).long(), True)[..., :-1]

@@ -91,16 +91,16 @@ def test_settings_follow_each_other_on_one_cache_without_a_trace(pocket, hay):
 
 def test_a_run_writes_whole_rows_and_says_what_failed(pocket, tmp_path, capsys, monkeypatch):
     good, bad = UniqueConfig(page_size=4, stats_dtype="int4", budget=64), UniqueConfig(page_size=8, budget=64)
-    page_scores = quality.page_scores
+    kept_pages = quality.kept_pages
 
     def fail_for_bad(query, keys, config, scaling):
         if config.page_size == 8:
             raise NotImplementedError("no kernel for page 8")
-        return page_scores(query, keys, config, scaling)
+        return kept_pages(query, keys, config, scaling)
 
     monkeypatch.setattr(quality, "load", lambda path: pocket)
     monkeypatch.setattr(quality, "settings", lambda preset: [bad, good])
-    monkeypatch.setattr(quality, "page_scores", fail_for_bad)
+    monkeypatch.setattr(quality, "kept_pages", fail_for_bad)
     out = tmp_path / "quality.json"
     with pytest.raises(SystemExit, match="1 settings failed"):
         quality.main(["--contexts", "600", "--haystacks", "1", "--facts", "2", "--out", str(out)])

@@ -78,7 +78,7 @@ class UniqueConfig:
         super_page_size (`int`, *optional*): Tokens per super-page, a power of two beyond `page_size`, at most 128:
             decoding scores super-pages first, and then only the pages of the best ones. `None` scores every page.
         super_budget (`int`, *optional*): Tokens in the super-pages that are kept, a multiple of `super_page_size` with
-            room for `budget` and two super-pages; `None` takes four times `budget`.
+            room for `budget` and two super-pages; `None` takes four times `budget`, or what must fit.
         temperature (`float`, *optional*, defaults to 1.0): Width of the sigmoid of the soft mask (Eq. 6), in units of
             the page score (unscaled `q . k`).
         threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through the threshold of Eq. 6.
@@ -180,9 +180,7 @@ class UniqueConfig:
             )
         if self.super_budget is not None:
             _check_int("super_budget", self.super_budget)
-        budget, sinks, recents = self._upper_pages()
-        # the first and the last super-page of a row may hold few of its pages
-        least = max(self.budget + 2 * size, (sinks + recents + 1) * size)
+        budget, least, *_ = self._upper_pages(size)
         if budget < least:
             raise ValueError(
                 "`super_budget` must hold the budget and two super-pages, and one super-page beside those of sink and "
@@ -191,24 +189,28 @@ class UniqueConfig:
         if budget % size:
             raise ValueError(f"`super_budget` must be a multiple of super_page_size={size}, got {budget}.")
 
-    def _upper_pages(self) -> tuple[int, int, int]:
-        """Tokens, forced first and forced last super-pages of the first level."""
-        size, ratio = self.super_page_size, self.super_page_size // self.page_size
-        budget = -(-4 * self.budget // size) * size if self.super_budget is None else self.super_budget
+    def _upper_pages(self, size: int) -> tuple[int, int, int, int]:
+        """Tokens of the first level, the least there may be, forced first and forced last super-pages."""
+        ratio = size // self.page_size
         # however the pages fall into super-pages, those hold every page that is forced
         forced = (self.sink_pages, self.recent_pages)
         sinks, recents = (-(-(pages + ratio - 1) // ratio) if pages else 0 for pages in forced)
-        return budget, sinks, recents
+        # the first and the last super-page of a row may hold few of its pages
+        least = max(self.budget + 2 * size, (sinks + recents + 1) * size)
+        budget = self.super_budget
+        if budget is None:
+            budget = -(-max(4 * self.budget, least) // size) * size
+        return budget, least, sinks, recents
 
     @property
     def upper(self) -> UniqueConfig | None:
         """Settings of the first level, whose pages are the super-pages; `None` where every page is scored."""
-        return self._upper
+        return vars(self)["_upper"]
 
     def _first_level(self) -> UniqueConfig | None:
         if self.super_page_size is None:
             return None
-        budget, sinks, recents = self._upper_pages()
+        budget, _, sinks, recents = self._upper_pages(self.super_page_size)
         return replace(
             self,
             page_size=self.super_page_size,
