@@ -1,4 +1,4 @@
-"""Query vectors against page vectors, in every storage. May import torch, triton and `_common`.
+"""Scores (Eq. 2) and votes (Eq. 3) of some pages, in every storage. May import torch, triton and `_common`.
 
 A page vector meets one query vector: that is a matrix-vector product, done on the CUDA cores without unpacking into
 tensor-core layouts. 8-bit and 4-bit codes are multiplied as integers, four at a time (`dp4a`).
@@ -9,15 +9,23 @@ import triton.language as tl
 
 from ._common import (
     ABSOLUTE,
+    DIAGONAL,
     FP8,
     INT4,
     INT8,
+    MEAN,
     MINMAX,
     MOMENT,
     ROUND,
+    SCALAR,
     decode_fp8,
     int4_dims,
+    physical_page,
 )
+
+# how the heads of a group vote; the kernels branch on these at compile time
+VOTE = {"mean": 0, "max": 1, "softmax_mean": 2, "shifted_max": 3}
+VOTE_MEAN, VOTE_MAX, VOTE_SOFTMAX_MEAN, VOTE_SHIFTED_MAX = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
@@ -193,3 +201,110 @@ def dot_pages(
             page_scale = tl.load(scales_ptr + offs_ps, mask=mask_page, other=0.0).to(tl.float32)
             dot = dot * (page_scale * page_scale if SQUARED else page_scale)
     return dot
+
+
+@triton.jit
+def _prepare_head(
+    q_ptr, stride_qh, stride_qd, head, scale,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """What a head (or the average of `GROUP` heads) brings to every page: one or two query vectors and the norm."""
+    a, b, c, d = prepare_query(q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 0, DP4A)
+    e, f, g, h = a, b, c, d
+    norm = 0.0
+    if FORM == SCALAR:
+        norm = group_norm(q_ptr, stride_qh, stride_qd, head, D, BD, GROUP)
+    elif FORM != MEAN:
+        # squares of codes do not fit the integer products
+        e, f, g, h = prepare_query(
+            q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 1,
+            DP4A and FORM != DIAGONAL and FORM != MOMENT,
+        )  # fmt: skip
+    return a, b, c, d, e, f, g, h, norm
+
+
+@triton.jit
+def _head_score(
+    a, b, c, d, e, f, g, h, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps, spread, inside,
+    weight, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """Eq. 2 from what `_prepare_head` gave."""
+    score = dot_pages(
+        a, b, c, d, codes_ptr, scales_ptr, offs_pc, offs_ps, inside, D, BD, C, BC, NG, KIND, False, DP4A, NATIVE_FP8
+    )
+    if FORM == SCALAR:
+        score += spread * (weight * norm)
+    elif FORM != MEAN:
+        second_scales = scales_ptr
+        if KIND >= FP8:
+            second_scales += stride_sv
+        squared: tl.constexpr = FORM == DIAGONAL or FORM == MOMENT
+        offset = dot_pages(
+            e, f, g, h, codes_ptr + stride_cv, second_scales, offs_pc, offs_ps, inside,
+            D, BD, C, BC, NG, KIND, squared, DP4A and not squared, NATIVE_FP8,
+        )  # fmt: skip
+        if FORM == DIAGONAL:
+            offset = tl.sqrt(offset)
+        score += offset if FORM == MINMAX else weight * offset
+    return score
+
+
+@triton.jit
+def prepare_group(
+    q_ptr, stride_qh, stride_qd, head, scale,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """What the group of kv head `head` brings to every page: its average, or its first head where that will not do."""
+    linear: tl.constexpr = VOTE == VOTE_MEAN and FORM != DIAGONAL
+    return _prepare_head(
+        q_ptr, stride_qh, stride_qd, head * G, scale, D, BD, C, BC, NG, G if linear else 1, KIND, FORM, DP4A
+    )
+
+
+@triton.jit
+def score_pages(
+    qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr, raw_ptr, table_ptr,
+    stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_raw, stride_table,
+    row, head, pages, inside, num_pages, weight, scale,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, HAS_TABLE: tl.constexpr, DP4A: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """Eq. 2 and 3 for some pages of a row, `-inf` where not `inside`; the query comes from `prepare_group`.
+
+    A vote that needs the best score of each head first leaves the scores of each head in `raw`.
+    """
+    physical = physical_page(table_ptr, stride_table, row, pages, inside, HAS_TABLE)
+    offs_pc = physical * stride_cp
+    offs_ps = physical * stride_sp
+    spread = tl.zeros(pages.shape, tl.float32)
+    if FORM == SCALAR:
+        spread = tl.load(spread_ptr + physical * stride_dp, mask=inside, other=0.0).to(tl.float32)
+    best = _head_score(
+        qa, qb, qc, qd, qe, qf, qg, qh, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps,
+        spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
+    )  # fmt: skip
+    if VOTE != VOTE_MEAN or FORM == DIAGONAL:
+        if VOTE >= VOTE_SOFTMAX_MEAN:
+            tl.store(raw_ptr + pages, tl.where(inside, best, float("-inf")), mask=pages < num_pages)
+        for g in tl.static_range(1, G):
+            a, b, c, d, e, f, gg, h, other_norm = _prepare_head(
+                q_ptr, stride_qh, stride_qd, head * G + g, scale, D, BD, C, BC, NG, 1, KIND, FORM, DP4A
+            )
+            score = _head_score(
+                a, b, c, d, e, f, gg, h, other_norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc,
+                offs_ps, spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
+            )  # fmt: skip
+            if VOTE == VOTE_MAX:
+                best = tl.maximum(best, score)
+            elif VOTE == VOTE_MEAN:
+                best += score
+            else:
+                score = tl.where(inside, score, float("-inf"))
+                tl.store(raw_ptr + g * stride_raw + pages, score, mask=pages < num_pages)
+        if VOTE == VOTE_MEAN:
+            best = best / G
+    return tl.where(inside, best, float("-inf"))

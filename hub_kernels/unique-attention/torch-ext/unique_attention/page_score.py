@@ -10,134 +10,19 @@ import triton
 import triton.language as tl
 
 from ._common import (
-    DIAGONAL,
     FORM,
     FP8,
     KIND,
-    MEAN,
-    MINMAX,
-    MOMENT,
-    SCALAR,
     page_strides,
-    physical_page,
-    row_end,
+    row_length,
     row_start,
     stride_of,
     target_of,
+    token_strides,
 )
-from ._page_dot import dot_pages, group_norm, prepare_query
+from ._page_dot import VOTE, VOTE_MAX, VOTE_MEAN, VOTE_SOFTMAX_MEAN, prepare_group, score_pages
 from .page_select import store_peaks
-
-# how the heads of a group vote; the kernels branch on these at compile time
-VOTE = {"mean": 0, "max": 1, "softmax_mean": 2, "shifted_max": 3}
-VOTE_MEAN, VOTE_MAX, VOTE_SOFTMAX_MEAN, VOTE_SHIFTED_MAX = (tl.constexpr(i) for i in range(4))
-
-
-@triton.jit
-def _prepare_head(
-    q_ptr, stride_qh, stride_qd, head, scale,
-    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr,
-):  # fmt: skip
-    """What a head (or the average of `GROUP` heads) brings to every page: one or two query vectors and the norm."""
-    a, b, c, d = prepare_query(q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 0, DP4A)
-    e, f, g, h = a, b, c, d
-    norm = 0.0
-    if FORM == SCALAR:
-        norm = group_norm(q_ptr, stride_qh, stride_qd, head, D, BD, GROUP)
-    elif FORM != MEAN:
-        # squares of codes do not fit the integer products
-        e, f, g, h = prepare_query(
-            q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 1,
-            DP4A and FORM != DIAGONAL and FORM != MOMENT,
-        )  # fmt: skip
-    return a, b, c, d, e, f, g, h, norm
-
-
-@triton.jit
-def _head_score(
-    a, b, c, d, e, f, g, h, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps, spread, inside,
-    weight, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
-):  # fmt: skip
-    """Eq. 2 from what `_prepare_head` gave."""
-    score = dot_pages(
-        a, b, c, d, codes_ptr, scales_ptr, offs_pc, offs_ps, inside, D, BD, C, BC, NG, KIND, False, DP4A, NATIVE_FP8
-    )
-    if FORM == SCALAR:
-        score += spread * (weight * norm)
-    elif FORM != MEAN:
-        second_scales = scales_ptr
-        if KIND >= FP8:
-            second_scales += stride_sv
-        squared: tl.constexpr = FORM == DIAGONAL or FORM == MOMENT
-        offset = dot_pages(
-            e, f, g, h, codes_ptr + stride_cv, second_scales, offs_pc, offs_ps, inside,
-            D, BD, C, BC, NG, KIND, squared, DP4A and not squared, NATIVE_FP8,
-        )  # fmt: skip
-        if FORM == DIAGONAL:
-            offset = tl.sqrt(offset)
-        score += offset if FORM == MINMAX else weight * offset
-    return score
-
-
-@triton.jit
-def prepare_group(
-    q_ptr, stride_qh, stride_qd, head, scale,
-    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr,
-):  # fmt: skip
-    """What the group of kv head `head` brings to every page: its average, or its first head where that will not do."""
-    linear: tl.constexpr = VOTE == VOTE_MEAN and FORM != DIAGONAL
-    return _prepare_head(
-        q_ptr, stride_qh, stride_qd, head * G, scale, D, BD, C, BC, NG, G if linear else 1, KIND, FORM, DP4A
-    )
-
-
-@triton.jit
-def score_pages(
-    qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr, raw_ptr, table_ptr,
-    stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_raw, stride_table,
-    row, head, pages, inside, num_pages, weight, scale,
-    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, HAS_TABLE: tl.constexpr, DP4A: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-):  # fmt: skip
-    """Eq. 2 and 3 for some pages of a row, `-inf` where not `inside`; the query comes from `prepare_group`.
-
-    A vote that needs the best score of each head first leaves the scores of each head in `raw`.
-    """
-    physical = physical_page(table_ptr, stride_table, row, pages, inside, HAS_TABLE)
-    offs_pc = physical * stride_cp
-    offs_ps = physical * stride_sp
-    spread = tl.zeros(pages.shape, tl.float32)
-    if FORM == SCALAR:
-        spread = tl.load(spread_ptr + physical * stride_dp, mask=inside, other=0.0).to(tl.float32)
-    best = _head_score(
-        qa, qb, qc, qd, qe, qf, qg, qh, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps,
-        spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
-    )  # fmt: skip
-    if VOTE != VOTE_MEAN or FORM == DIAGONAL:
-        if VOTE >= VOTE_SOFTMAX_MEAN:
-            tl.store(raw_ptr + pages, tl.where(inside, best, float("-inf")), mask=pages < num_pages)
-        for g in tl.static_range(1, G):
-            a, b, c, d, e, f, gg, h, other_norm = _prepare_head(
-                q_ptr, stride_qh, stride_qd, head * G + g, scale, D, BD, C, BC, NG, 1, KIND, FORM, DP4A
-            )
-            score = _head_score(
-                a, b, c, d, e, f, gg, h, other_norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc,
-                offs_ps, spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
-            )  # fmt: skip
-            if VOTE == VOTE_MAX:
-                best = tl.maximum(best, score)
-            elif VOTE == VOTE_MEAN:
-                best += score
-            else:
-                score = tl.where(inside, score, float("-inf"))
-                tl.store(raw_ptr + g * stride_raw + pages, score, mask=pages < num_pages)
-        if VOTE == VOTE_MEAN:
-            best = best / G
-    return tl.where(inside, best, float("-inf"))
+from .page_stats import append_row
 
 
 @triton.jit
@@ -166,40 +51,68 @@ def score_blocks(
                 store_peaks(peaks_ptr, best, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["num_pages", "num_peaks", "capacity", "dense_pages", "stride_table"])
+@triton.jit(do_not_specialize=[
+    "num_pages", "num_peaks", "capacity", "dense_pages", "stride_mask", "stride_table"
+])  # fmt: skip
 def _page_score_fwd_kernel(
-    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, len_ptr, start_ptr, table_ptr,
+    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, len_ptr, start_ptr, mask_ptr, table_ptr,
+    k_ptr, v_ptr, k_new_ptr, v_new_ptr, small_codes_ptr, small_scales_ptr, small_spread_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_cb, stride_ch, stride_cp, stride_cv,
     stride_sb, stride_sh, stride_sp, stride_sv,
     stride_db, stride_dh, stride_dp,
     stride_ob, stride_oh, stride_og,
-    stride_len, stride_start, stride_table,
+    stride_len, stride_start, stride_mask, stride_table,
+    stride_kb, stride_kh, stride_kp, stride_kt,
+    stride_vb, stride_vh, stride_vp, stride_vt,
+    stride_nb, stride_nh, stride_wb, stride_wh,
+    stride_mcb, stride_mch, stride_mcp, stride_mcv,
+    stride_msb, stride_msh, stride_msp, stride_msv,
+    stride_mdb, stride_mdh, stride_mdp,
     num_pages, num_peaks, capacity, dense_pages, weight, scale,
-    P: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    NG: tl.constexpr, G: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr,
+    P: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
+    SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
-    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_TABLE: tl.constexpr,
-    SELECTING: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
+    SELECTING: tl.constexpr, APPEND: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 2 and 3. Program `(BLOCKS blocks of BLOCK_N pages, kv head, row)` scores its pages for the `G` heads.
 
     Writes `[B, HK, N]`, or `[B, HK, G, N]` before a vote that needs the best score of each head first. `SELECTING`
     leaves out what the selection of the next launch does not read: rows of at most `dense_pages` pages of `P / RATIO`
-    tokens are dense. It reads peaks too where groups have more than one page.
+    tokens are dense. It reads peaks too where groups have more than one page. `APPEND`: one more program per row
+    writes the new token and its statistics, which no selection reads before they are complete, for its page is forced.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
-    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    length = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    end = tl.minimum(length, capacity)
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
     last_page = tl.cdiv(end, P)
     first_page = tl.minimum(start // P, last_page)
-    begin = tl.program_id(0) * (BLOCK_N * BLOCKS)
+    pid = tl.program_id(0)
+    if APPEND:
+        if pid == 0:
+            append_row(
+                k_ptr, v_ptr, k_new_ptr, v_new_ptr, small_codes_ptr, small_scales_ptr, small_spread_ptr,
+                codes_ptr, scales_ptr, spread_ptr, mask_ptr, table_ptr,
+                stride_kb, stride_kh, stride_kp, stride_kt, stride_vb, stride_vh, stride_vp, stride_vt,
+                stride_nb, stride_nh, stride_wb, stride_wh,
+                stride_mcb, stride_mch, stride_mcp, stride_mcv, stride_msb, stride_msh, stride_msp, stride_msv,
+                stride_mdb, stride_mdh, stride_mdp,
+                stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
+                stride_db, stride_dh, stride_dp,
+                stride_mask, stride_table, pid_b, pid_h, start, end, length,
+                P // RATIO, D, DV, C, BC, BDV, NG, RATIO, KIND, FORM, HAS_MASK, HAS_TABLE,
+            )  # fmt: skip
+        pid -= 1
+    begin = pid * (BLOCK_N * BLOCKS)
     row_out = out_ptr + pid_b * stride_ob + pid_h * stride_oh
-    wanted = begin < last_page
+    wanted = (begin < last_page) & (begin >= 0)
     if SELECTING:
         small: tl.constexpr = P // RATIO
         wanted = wanted & (begin + BLOCK_N * BLOCKS > first_page)
@@ -221,8 +134,7 @@ def _page_score_fwd_kernel(
             stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
             pid_b, pid_h, begin, tl.minimum(begin + BLOCKS * BLOCK_N, last_page), first_page, last_page, num_pages,
             weight, scale,
-            D, BD, C, BC, NG, G, SINK, RECENT, GS, BLOCK_N, STAGES, KIND, FORM, VOTE, HAS_TABLE, DP4A,
-            NATIVE_FP8,
+            D, BD, C, BC, NG, G, SINK, RECENT, GS, BLOCK_N, STAGES, KIND, FORM, VOTE, HAS_TABLE, DP4A, NATIVE_FP8,
         )  # fmt: skip
     if not SELECTING:
         nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -320,9 +232,19 @@ def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
     return tensors, (*page_strides(codes, paged), codes.stride(-2), *scale_strides, *page_strides(spread, paged))
 
 
+class Appending(NamedTuple):
+    """A token that a score pass writes on the side: cache, new keys and values, statistics of its page, mask."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    new: tuple
+    stats: tuple
+    token_mask: torch.Tensor | None
+
+
 def launch_scores(
     q, stats, out, peaks, scoring, *, page_size, score_weight, stats_dtype, softmax_scale, seq_lens, seq_starts,
-    page_table, capacity, ratio=1, dense_pages=None, forced=(0, 0), group_size=1, pdl=False,
+    page_table, capacity, ratio=1, dense_pages=None, forced=(0, 0), group_size=1, appending=None, pdl=False,
 ):  # fmt: skip
     """One score pass into `out [B, HK, N]`, or `[B, HK, G, N]` for a vote that needs each head's best score first.
 
@@ -331,16 +253,27 @@ def launch_scores(
     paged = page_table is not None
     batch, num_kv_heads, num_pages = out.shape[0], out.shape[1], out.shape[-1]
     tensors, strides = stats_arguments(stats, stats_dtype, paged)
-    _page_score_fwd_kernel[(triton.cdiv(num_pages, scoring.block_n * scoring.blocks), num_kv_heads, batch)](
-        q, *tensors, out, peaks, seq_lens, seq_starts, page_table,
+    cache, cache_strides, mask, dim_v = (None,) * 7, (0,) * 23, None, 1
+    if appending is not None:
+        k, v, new, small, mask = appending
+        small_tensors, small_strides = stats_arguments(small, stats_dtype, paged)
+        cache, dim_v = (k, v, *new, *small_tensors), v.shape[-1]
+        cache_strides = (
+            *token_strides(k, paged, page_size // ratio), *token_strides(v, paged, page_size // ratio),
+            *new[0].stride()[:2], *new[1].stride()[:2], *small_strides,
+        )  # fmt: skip
+    programs = triton.cdiv(num_pages, scoring.block_n * scoring.blocks) + (appending is not None)
+    _page_score_fwd_kernel[(programs, num_kv_heads, batch)](
+        q, *tensors, out, peaks, seq_lens, seq_starts, mask, page_table, *cache,
         q.stride(0), q.stride(1), q.stride(-1), *strides,
         out.stride(0), out.stride(1), out.stride(2) if scoring.per_head else 0,
-        stride_of(seq_lens), stride_of(seq_starts), stride_of(page_table),
+        stride_of(seq_lens), stride_of(seq_starts), stride_of(mask), stride_of(page_table), *cache_strides,
         num_pages, 0 if peaks is None else peaks.shape[-1], capacity, dense_pages or 0, score_weight, softmax_scale,
-        P=page_size, RATIO=ratio, **scoring.constants, SINK=forced[0], RECENT=forced[1], GS=group_size,
+        P=page_size, RATIO=ratio, DV=dim_v, BDV=triton.next_power_of_2(dim_v), **scoring.constants,
+        SINK=forced[0], RECENT=forced[1], GS=group_size,
         BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks, STAGES=scoring.stages,
-        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
-        SELECTING=dense_pages is not None, PDL=pdl, num_warps=scoring.num_warps,
+        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_MASK=mask is not None, HAS_TABLE=paged,
+        SELECTING=dense_pages is not None, APPEND=appending is not None, PDL=pdl, num_warps=scoring.num_warps,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ._common import (
     FP32,
     INT8,
     KIND,
+    MEAN,
     MINMAX,
     ROUND,
     SCALAR,
@@ -83,66 +84,110 @@ def _store_codes(
 
 
 @triton.jit
+def _read_token(
+    k_ptr, k_new_ptr, mask_ptr, physical, stride_kp, stride_kt, stride_nt, slots, in_page, mask_page, dims, mask_dim,
+    start, end, first_new, APPEND: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """One token of each page, float32 `[NPG, 2, BC]` and zero where it does not count, and whether it does."""
+    valid = mask_page & (slots >= start) & (slots < end)
+    if HAS_MASK:
+        valid &= tl.load(mask_ptr + slots, mask=valid, other=0)
+    seen = valid[:, None, None] & mask_dim
+    where_k = k_ptr + (physical * stride_kp + in_page * stride_kt)[:, None, None] + dims
+    if APPEND:
+        old = tl.load(where_k, mask=seen & (slots < first_new)[:, None, None], other=0.0)
+        is_new = seen & (slots >= first_new)[:, None, None]
+        token_n = (slots - first_new).to(tl.int64) * stride_nt
+        fresh = tl.load(k_new_ptr + token_n[:, None, None] + dims, mask=is_new, other=0.0)
+        key = tl.where(is_new, fresh, old)
+    else:
+        key = tl.load(where_k, mask=seen, other=0.0)
+    return key.to(tl.float32), valid, seen
+
+
+@triton.jit
+def _write_tokens(
+    k_ptr, k_new_ptr, v_ptr, v_new_ptr, physical, mask_page, pages, end, first_new,
+    stride_kp, stride_kt, stride_nt, stride_vp, stride_vt, stride_wt,
+    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BC: tl.constexpr, BDV: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Writes the tokens from `first_new` on that lie in these pages."""
+    offs_d = tl.arange(0, 2 * BC)[None, :]
+    offs_v = tl.arange(0, BDV)[None, :]
+    # most pages of an append have one new token, and it comes late
+    for t in tl.range(tl.maximum(first_new - tl.max(pages, axis=0) * P, 0), P, loop_unroll_factor=UNROLL):
+        slots = pages * P + t
+        is_new = (mask_page & (slots >= first_new) & (slots < end))[:, None]
+        token = (slots - first_new).to(tl.int64)[:, None]
+        key = tl.load(k_new_ptr + token * stride_nt + offs_d, mask=is_new & (offs_d < D))
+        value = tl.load(v_new_ptr + token * stride_wt + offs_v, mask=is_new & (offs_v < DV))
+        tl.store(k_ptr + (physical * stride_kp + t * stride_kt)[:, None] + offs_d, key, mask=is_new & (offs_d < D))
+        tl.store(v_ptr + (physical * stride_vp + t * stride_vt)[:, None] + offs_v, value, mask=is_new & (offs_v < DV))
+
+
+@triton.jit
 def refresh_pages(
     k_ptr, k_new_ptr, v_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr, mask_ptr, table_ptr, stride_table,
     stride_kp, stride_kt, stride_nt, stride_vp, stride_vt, stride_wt, stride_cp, stride_cv, stride_sp, stride_sv,
     stride_dp, b, page_begin, first_page, last_page, start, end, first_new,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BDV: tl.constexpr,
     NG: tl.constexpr, NPG: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, APPEND: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
+    WRITE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 1 for pages `page_begin .. page_begin + NPG - 1` of a row, after writing the tokens from `first_new` on.
+    """Eq. 1 for pages `page_begin .. page_begin + NPG - 1` of a row; the pointers are those of the row.
 
-    The pointers are those of the row.
+    With `APPEND` the tokens from `first_new` on come from `k_new`, and `WRITE` writes them and their values to the
+    cache. Tokens are added one by one, in order: the same numbers whatever the tile.
     """
     pages = page_begin + tl.arange(0, NPG)
     mask_page = (pages >= first_page) & (pages < last_page)
     physical = physical_page(table_ptr, stride_table, b, pages, mask_page, HAS_TABLE)
-    slots = pages[:, None] * P + tl.arange(0, P)[None, :]  # [NPG, P]
-    valid = mask_page[:, None] & (slots >= start) & (slots < end)
-    if HAS_MASK:
-        valid &= tl.load(mask_ptr + slots, mask=valid, other=0)
-    offs_t = tl.arange(0, P)[None, :]
-    offs_h = tl.arange(0, 2)[None, None, :, None]
-    offs_c = tl.arange(0, BC)[None, None, None, :]
-    dims = int4_dims(offs_c, offs_h, C)
-    mask_dim = (offs_c < C) & (dims < D)
-    seen = valid[:, :, None, None] & mask_dim
-    token_k = physical[:, None] * stride_kp + offs_t * stride_kt
-    where_k = k_ptr + token_k[:, :, None, None] + dims
-    if APPEND:
-        is_new = mask_page[:, None] & (slots >= first_new) & (slots < end)
-        new_mask = is_new[:, :, None, None] & mask_dim
-        token_n = (slots - first_new).to(tl.int64) * stride_nt
-        fresh = tl.load(k_new_ptr + token_n[:, :, None, None] + dims, mask=new_mask, other=0.0)
-        tl.store(where_k, fresh, mask=new_mask)
-        old = tl.load(where_k, mask=seen & (slots < first_new)[:, :, None, None], other=0.0)
-        keys = tl.where(new_mask, fresh, old)
-        offs_v = tl.arange(0, BDV)[None, None, :]
-        mask_v = is_new[:, :, None] & (offs_v < DV)
-        token_w = (slots - first_new).to(tl.int64) * stride_wt
-        token_v = physical[:, None] * stride_vp + offs_t * stride_vt
-        values = tl.load(v_new_ptr + token_w[:, :, None] + offs_v, mask=mask_v, other=0.0)
-        tl.store(v_ptr + token_v[:, :, None] + offs_v, values, mask=mask_v)
-    else:
-        keys = tl.load(where_k, mask=seen, other=0.0)
-    keys = tl.where(seen, keys.to(tl.float32), 0.0)  # [NPG, P, 2, BC]
-    count = tl.sum(valid.to(tl.float32), axis=1)  # [NPG]
-    total = tl.zeros_like(count)
+    dims = int4_dims(tl.arange(0, BC)[None, None, :], tl.arange(0, 2)[None, :, None], C)
+    mask_dim = (tl.arange(0, BC)[None, None, :] < C) & (dims < D)
+    UNROLL: tl.constexpr = P if P < 8 else 8
+    if WRITE:
+        _write_tokens(
+            k_ptr, k_new_ptr, v_ptr, v_new_ptr, physical, mask_page, pages, end, first_new,
+            stride_kp, stride_kt, stride_nt, stride_vp, stride_vt, stride_wt, P, D, DV, BC, BDV, UNROLL,
+        )  # fmt: skip
+    count = tl.zeros((NPG,), tl.float32)
+    total = tl.zeros((NPG,), tl.float32)
     if FORM == MINMAX:
-        first = tl.max(tl.where(seen, keys, float("-inf")), axis=1)
-        second = tl.min(tl.where(seen, keys, float("inf")), axis=1)
+        first = tl.full((NPG, 2, BC), float("-inf"), tl.float32)
+        second = tl.full((NPG, 2, BC), float("inf"), tl.float32)
+    else:
+        first = tl.zeros((NPG, 2, BC), tl.float32)
+        second = tl.zeros((NPG, 2, BC), tl.float32)
+    for t in tl.range(P, loop_unroll_factor=UNROLL):
+        key, valid, seen = _read_token(
+            k_ptr, k_new_ptr, mask_ptr, physical, stride_kp, stride_kt, stride_nt, pages * P + t, t, mask_page, dims,
+            mask_dim, start, end, first_new, APPEND, HAS_MASK,
+        )  # fmt: skip
+        count += valid.to(tl.float32)
+        if FORM == MINMAX:
+            first = tl.where(seen, tl.maximum(first, key), first)
+            second = tl.where(seen, tl.minimum(second, key), second)
+        else:
+            first += key
+    if FORM == MINMAX:
         first = tl.where(first == float("-inf"), 0.0, first)
         second = tl.where(second == float("inf"), 0.0, second)
     else:
         # divided, not multiplied by a reciprocal: the same numbers as the reference
         divisor = tl.broadcast_to(tl.maximum(count, 1.0)[:, None, None], (NPG, 2, BC))
-        first = tl.div_rn(tl.sum(keys, axis=1), divisor)
-        deviation = tl.where(seen, keys - first[:, None, :, :], 0.0)
-        variance = tl.div_rn(tl.sum(deviation * deviation, axis=1), divisor)
-        second = tl.sqrt(variance)
-        if FORM == SCALAR:
-            total = tl.sqrt(tl.sum(tl.sum(variance, axis=2), axis=1))
+        first = tl.div_rn(first, divisor)
+        if FORM != MEAN:
+            for t in tl.range(P, loop_unroll_factor=UNROLL):
+                key, _, seen = _read_token(
+                    k_ptr, k_new_ptr, mask_ptr, physical, stride_kp, stride_kt, stride_nt, pages * P + t, t,
+                    mask_page, dims, mask_dim, start, end, first_new, APPEND, HAS_MASK,
+                )  # fmt: skip
+                deviation = tl.where(seen, key - first, 0.0)
+                second += deviation * deviation
+            variance = tl.div_rn(second, divisor)
+            second = tl.sqrt(variance)
+            if FORM == SCALAR:
+                total = tl.sqrt(tl.sum(tl.sum(variance, axis=2), axis=1))
     offs_pc = physical * stride_cp
     offs_ps = physical * stride_sp
     _store_codes(first, codes_ptr, scales_ptr, offs_pc, offs_ps, mask_page, D, C, BC, NG, KIND)
@@ -167,6 +212,53 @@ def write_token(
     value = tl.load(v_new_ptr + offs_v, mask=offs_v < DV)
     tl.store(k_ptr + physical * stride_kp + (slot % P) * stride_kt + offs_d, key, mask=offs_d < D)
     tl.store(v_ptr + physical * stride_vp + (slot % P) * stride_vt + offs_v, value, mask=offs_v < DV)
+
+
+@triton.jit
+def append_row(
+    k_ptr, v_ptr, k_new_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr, super_codes_ptr, super_scales_ptr,
+    super_spread_ptr, mask_ptr, table_ptr,
+    stride_kb, stride_kh, stride_kp, stride_kt, stride_vb, stride_vh, stride_vp, stride_vt,
+    stride_nb, stride_nh, stride_wb, stride_wh,
+    stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
+    stride_db, stride_dh, stride_dp,
+    stride_ucb, stride_uch, stride_ucp, stride_ucv, stride_usb, stride_ush, stride_usp, stride_usv,
+    stride_udb, stride_udh, stride_udp,
+    stride_mask, stride_table, b, h, start, end, length,
+    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BDV: tl.constexpr,
+    NG: tl.constexpr, RATIO: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
+):  # fmt: skip
+    """Writes token `length - 1` of a row and refreshes its page and, with `RATIO` > 1, its super-page (Eq. 1)."""
+    row_k = k_ptr + b * stride_kb + h * stride_kh
+    row_v = v_ptr + b * stride_vb + h * stride_vh
+    row_n = k_new_ptr + b * stride_nb + h * stride_nh
+    row_w = v_new_ptr + b * stride_wb + h * stride_wh
+    row_s = scales_ptr
+    if KIND >= FP8:
+        row_s += b * stride_sb + h * stride_sh
+    row_mask = mask_ptr
+    if HAS_MASK:
+        row_mask += b * stride_mask
+    last = tl.maximum(end - 1, 0)
+    refresh_pages(
+        row_k, row_n, row_v, row_w, codes_ptr + b * stride_cb + h * stride_ch, row_s,
+        spread_ptr + b * stride_db + h * stride_dh, row_mask, table_ptr, stride_table,
+        stride_kp, stride_kt, 0, stride_vp, stride_vt, 0, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
+        b, last // P, 0, tl.cdiv(end, P), start, end, length - 1,
+        P, D, DV, C, BC, BDV, NG, 1, KIND, FORM, True, True, HAS_MASK, HAS_TABLE,
+    )  # fmt: skip
+    if RATIO > 1:
+        row_us = super_scales_ptr
+        if KIND >= FP8:
+            row_us += b * stride_usb + h * stride_ush
+        refresh_pages(
+            row_k, row_n, row_v, row_w, super_codes_ptr + b * stride_ucb + h * stride_uch, row_us,
+            super_spread_ptr + b * stride_udb + h * stride_udh, row_mask, table_ptr, stride_table,
+            stride_kp * RATIO, stride_kt, 0, stride_vp, stride_vt, 0, stride_ucp, stride_ucv, stride_usp, stride_usv,
+            stride_udp, b, last // (P * RATIO), 0, tl.cdiv(end, P * RATIO), start, end, length - 1,
+            P * RATIO, D, DV, C, BC, BDV, NG, 1, KIND, FORM, True, False, HAS_MASK, HAS_TABLE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pages", "num_new", "capacity", "stride_mask", "stride_table"])
@@ -228,7 +320,7 @@ def _page_stats_fwd_kernel(
             spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_mask, table_ptr, stride_table,
             stride_kp, stride_kt, stride_nt, stride_vp, stride_vt, stride_wt, stride_cp, stride_cv, stride_sp,
             stride_sv, stride_dp, pid_b, page_begin, first_page, last_page, start, end, first_new,
-            P, D, DV, C, BC, BDV, NG, NPG, KIND, FORM, APPEND, HAS_MASK, HAS_TABLE,
+            P, D, DV, C, BC, BDV, NG, NPG, KIND, FORM, APPEND, APPEND, HAS_MASK, HAS_TABLE,
         )  # fmt: skip
 
 
@@ -245,9 +337,8 @@ def _launch(
     half = (head_dim + 1) // 2
     block_half = triton.next_power_of_2(half)
     value_dim = 1 if v is None else v.shape[-1]
-    pages_per_program = 1 if num_new == 1 else max(1, min(64 // page_size, 8192 // (page_size * 2 * block_half)))
+    pages_per_program = 1 if num_new == 1 else max(1, min(16, 2048 // (2 * block_half)))
     touched = num_pages if num_new is None else min(num_pages, (num_new - 1 + page_size - 1) // page_size + 1)
-    tile = pages_per_program * page_size * 2 * block_half
     scale_strides = (0, 0, 0, 0) if scales is None else (*page_strides(scales, paged), scales.stride(-2))
     new_strides = (0, 0, 0) if k_new is None else k_new.stride()[:3]
     new_value_strides = (0, 0, 0) if v_new is None else v_new.stride()[:3]
@@ -265,7 +356,7 @@ def _launch(
         ONLY_NEW=num_new is not None, APPEND=k_new is not None,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
         HAS_MASK=token_mask is not None, HAS_TABLE=paged,
-        num_warps=8 if tile > 8192 else 4 if tile > 1024 else 1,
+        num_warps=1 if pages_per_program == 1 else 4,
     )  # fmt: skip
 
 

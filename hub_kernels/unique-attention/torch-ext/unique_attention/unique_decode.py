@@ -1,4 +1,4 @@
-"""One decode step: score (Eq. 1 to 3) in one launch, select, attend and append (Eq. 4 and 5) in the next.
+"""One decode step: append and score (Eq. 1 to 3) in one launch, select and attend (Eq. 4 and 5) in the next.
 
 The second launch may start while the first drains. A row that is split over several programs repeats the (cheap)
 selection in each of them, and each takes a slice of the result. Where rows are few and short, it repeats the scores
@@ -12,17 +12,10 @@ import triton
 import triton.language as tl
 
 from ._common import FP8, row_length, row_start, target_of
-from .page_score import (
-    launch_scores,
-    page_scores,
-    plan_scoring,
-    prepare_group,
-    score_blocks,
-    score_pages,
-    stats_arguments,
-)
+from ._page_dot import prepare_group, score_pages
+from .page_score import Appending, launch_scores, page_scores, plan_scoring, score_blocks, stats_arguments
 from .page_select import list_all, plan_selection, select_listed, select_row, write_peaks
-from .page_stats import append_tokens, page_stats, refresh_pages, write_token
+from .page_stats import append_row, append_tokens, write_token
 from .sparse_decode import attend_pages, capacity_of, finish_row, launch_decode, plan_attention, row_bytes, split_of
 
 
@@ -81,7 +74,7 @@ def _unique_decode_fwd_kernel(
 
     A row of at most `dense_pages` pages attends to all of them and selects nothing. With `RATIO` > 1 the scores given
     are those of super-pages of so many pages, and the pages of the best ones are scored here. `SCORE`: nothing was
-    scored before. `APPEND`: the program of the last pages writes the new token first, and its statistics at the end.
+    scored before; then with `APPEND` one more program per row writes the new token and its statistics.
     """
     split = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
@@ -114,11 +107,26 @@ def _unique_decode_fwd_kernel(
     row_mask = mask_ptr
     if HAS_MASK:
         row_mask += pid_b * stride_mask
+    if APPEND:
+        if split == SPLITS:
+            append_row(
+                k_ptr, v_ptr, k_new_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
+                super_codes_ptr, super_scales_ptr, super_spread_ptr, mask_ptr, table_ptr,
+                stride_kb, stride_kh, stride_kp, stride_kt, stride_vb, stride_vh, stride_vp, stride_vt,
+                stride_nb, stride_nh, stride_wb, stride_wh,
+                stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
+                stride_db, stride_dh, stride_dp,
+                stride_ucb, stride_uch, stride_ucp, stride_ucv, stride_usb, stride_ush, stride_usp, stride_usv,
+                stride_udb, stride_udh, stride_udp,
+                stride_mask, stride_table, pid_b, pid_h, start, end, length,
+                P, D, DV, C, BC, BDV, NG, RATIO, KIND, FORM, HAS_MASK, HAS_TABLE,
+            )  # fmt: skip
+            return
     listed = tl.where(dense, count, K)
     first_pos, last_pos = split_of(listed, split, SPLITS, 1 if P > BLOCK_T else BLOCK_T // P)
-    owner = (first_pos < listed) & (last_pos == listed)
     if APPEND:
-        if owner & (length <= capacity):
+        # the program of the last pages reads the new token, so it writes it too: the same bytes
+        if (first_pos < listed) & (last_pos == listed) & (length <= capacity):
             write_token(
                 row_k, k_new_ptr + pid_b * stride_nb + pid_h * stride_nh,
                 row_v, v_new_ptr + pid_b * stride_wb + pid_h * stride_wh,
@@ -188,22 +196,6 @@ def _unique_decode_fwd_kernel(
         acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
         split, DV, BDV, G, GP, SPLITS, HAS_SINKS,
     )  # fmt: skip
-    if APPEND:
-        if owner:
-            tl.debug_barrier()
-            refresh_pages(
-                row_k, row_k, row_v, row_v, row_c, row_s, row_d, row_mask, table_ptr, stride_table,
-                stride_kp, stride_kt, 0, stride_vp, stride_vt, 0, stride_cp, stride_cv, stride_sp, stride_sv,
-                stride_dp, pid_b, (end - 1) // P, 0, last_page, start, end, 0,
-                P, D, DV, C, BC, BDV, NG, 1, KIND, FORM, False, HAS_MASK, HAS_TABLE,
-            )  # fmt: skip
-            if RATIO > 1:
-                refresh_pages(
-                    row_k, row_k, row_v, row_v, row_uc, row_us, row_ud, row_mask, table_ptr, stride_table,
-                    stride_kp * RATIO, stride_kt, 0, stride_vp, stride_vt, 0, stride_ucp, stride_ucv, stride_usp,
-                    stride_usv, stride_udp, pid_b, (end - 1) // (P * RATIO), 0, num_supers, start, end, 0,
-                    P * RATIO, D, DV, C, BC, BDV, NG, 1, KIND, FORM, False, HAS_MASK, HAS_TABLE,
-                )  # fmt: skip
 
 
 class Scratch(NamedTuple):
@@ -254,25 +246,20 @@ def unique_decode(
     launch = launch_decode(rows, min(dense_pages, num_pages) * page_size, row_bytes(k, v), target.num_sms)
     lengths = {"seq_lens": seq_lens, "seq_starts": seq_starts}
     stored = {"page_size": page_size, "page_table": page_table}
-    append = new is not None and level.page_size * scoring.constants["BD"] <= 4096
-    if new is not None and not append:
-        # a page too large for a program that has better things to do
-        append_tokens(k, v, stats, *new, **lengths, **stored, **naming, token_mask=token_mask)
-        if upper is not None:
-            named = {"page_size": level.page_size, "token_mask": token_mask, "page_table": None, "num_new": 1}
-            page_stats(k, super_stats, **named, **lengths, **naming)
-        new = None
     alone = not scoring.per_head and scores_at_once(rows, launch.splits, num_scored, target.num_sms)
     scored_in = launch.splits if alone else 1
     scratch = _scratch(rows, launch.splits, scored_in, num_scored, selection, upper, ratio, q.device)
     pdl = not alone and not scoring.per_head and target.dependent_launch
     forced = (level.sink_pages, level.recent_pages)
+    appending = None if new is None or alone else Appending(k, v, new, stats, token_mask)
     capacity = capacity_of(k, page_table, page_size)
     if not alone:
         shape = (batch, num_kv_heads, -1)
         scores, peaks = scratch.scores.view(shape), scratch.peaks.view(shape)
         scaling = {"score_weight": score_weight, "softmax_scale": softmax_scale}
         if scoring.per_head:
+            if new is not None:
+                append_tokens(k, v, stats, *new, **lengths, **stored, **naming, token_mask=token_mask)
             page_scores(q, stats, scores, group_reduce=config.group_reduce, **naming, **lengths, **stored, **scaling)
             if selection.group_size > 1:
                 kept = {"sink_pages": forced[0], "recent_pages": forced[1]}
@@ -281,7 +268,7 @@ def unique_decode(
             launch_scores(
                 q, scored, scores, peaks, scoring, stats_dtype=config.stats_dtype, **lengths, **scaling,
                 page_size=level.page_size, page_table=page_table, capacity=capacity, ratio=ratio,
-                dense_pages=dense_pages, forced=forced, group_size=selection.group_size, pdl=pdl,
+                dense_pages=dense_pages, forced=forced, group_size=selection.group_size, appending=appending, pdl=pdl,
             )  # fmt: skip
     call = plan_attention(
         q, k, v, out, launch, **lengths, **stored, token_mask=token_mask, softcap=softcap, sinks=sinks,
@@ -289,9 +276,10 @@ def unique_decode(
     )  # fmt: skip
     tensors, strides = stats_arguments(stats, config.stats_dtype, page_table is not None)
     super_tensors, super_strides = stats_arguments(scored, config.stats_dtype, page_table is not None)
-    new_strides = (0, 0, 0, 0) if new is None else (*new[0].stride()[:2], *new[1].stride()[:2])
-    _unique_decode_fwd_kernel[(launch.splits, num_kv_heads, batch)](
-        *call.tensors, *(new or (None, None)), *tensors, *super_tensors, *scratch, page_ids,
+    append = alone and new is not None
+    new_strides = (*new[0].stride()[:2], *new[1].stride()[:2]) if append else (0, 0, 0, 0)
+    _unique_decode_fwd_kernel[(launch.splits + append, num_kv_heads, batch)](
+        *call.tensors, *(new if append else (None, None)), *tensors, *super_tensors, *scratch, page_ids,
         *call.strides, *new_strides, *strides, *super_strides,
         num_pages, num_scored, scratch.peaks.shape[-1], capacity, dense_pages, score_weight, softmax_scale,
         softcap or 0.0,
@@ -300,6 +288,6 @@ def unique_decode(
         KS=level.num_kept, BLOCK_KS=triton.next_power_of_2(level.num_kept), FIRSTS=forced[0], LASTS=forced[1],
         RATIO=ratio, GS=selection.group_size, GROUPS=selection.groups, TILE=selection.tile, SINGLE=selection.single,
         BLOCK_N=launch.num_warps * 32, **(scoring.constants | call.constants),
-        APPEND=new is not None, SCORE=alone, PDL=pdl, num_warps=launch.num_warps,
+        APPEND=append, SCORE=alone, PDL=pdl, num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
