@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -61,6 +62,14 @@ def test_budget_must_be_whole_pages():
         ({"temperature": float("inf")}, "`temperature` must be finite"),
         ({"score_weight": -0.5}, "`score_weight` must be >= 0, got -0.5"),
         ({"score_weight": float("nan")}, "`score_weight` must be finite"),
+        ({"super_budget": 4096}, "`super_budget` needs `super_page_size`, got super_budget=4096 alone"),
+        ({"super_page_size": 4}, "power of two beyond page_size=4, at most 128, got 4; None scores every page"),
+        ({"super_page_size": 24}, "power of two beyond page_size=4, at most 128, got 24"),
+        ({"super_page_size": 256}, "at most 128, got 256"),
+        ({"super_page_size": 32, "super_budget": 1056}, "expected >= 1088, got 1056. Raise it, or lower"),
+        ({"super_page_size": 32, "super_budget": 4100}, "multiple of super_page_size=32, got 4100"),
+        ({"super_page_size": 32, "score": "oracle"}, "needs a score from page statistics .* got score='oracle'"),
+        ({"super_page_size": 32, "group_reduce": "softmax_mean"}, "group_reduce='softmax_mean'; set super_page_size"),
     ],
 )
 def test_values_out_of_range_say_what_was_expected(settings, message):
@@ -81,12 +90,56 @@ def test_values_out_of_range_say_what_was_expected(settings, message):
         {"threshold_grad": None},
         {"soft_mask": 0},
         {"measure_recall": "no"},
+        {"super_page_size": 32.0},
+        {"super_page_size": True},
     ],
 )
 def test_wrong_types_are_named(settings):
     (name,) = settings
     with pytest.raises(TypeError, match=f"`{name}` must be"):
         UniqueConfig(**settings)
+
+
+def test_super_budget_must_be_an_int():
+    with pytest.raises(TypeError, match="`super_budget` must be an int, got 4096.0"):
+        UniqueConfig(super_page_size=32, super_budget=4096.0)
+
+
+def test_the_first_level_has_settings_of_its_own():
+    assert UniqueConfig().upper is None
+    config = UniqueConfig(score="diagonal", super_page_size=32, super_budget=4096)
+    upper = config.upper
+    assert (upper.page_size, upper.budget, upper.num_kept, upper.upper) == (32, 4096, 128, None)
+    assert (upper.score, upper.stats_dtype, upper.group_reduce) == ("diagonal", "int4", "mean")
+    assert config.upper is upper, "decoding asks at every step"
+    assert pickle.loads(pickle.dumps(config)).upper == upper and config.replace(budget=512).upper == upper
+    assert config.replace(super_page_size=None, super_budget=None).upper is None
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(0, 1), (1, 2), (5, 3), (8, 9)])
+def test_forced_super_pages_hold_forced_pages_wherever_they_begin(sink, recent):
+    upper = UniqueConfig(sink_pages=sink, recent_pages=recent, super_page_size=16).upper
+    for name, pages in (("sink_pages", sink), ("recent_pages", recent)):
+        touched = [len({(at + i) // 4 for i in range(pages)}) for at in range(4)]
+        assert getattr(upper, name) == max(touched)
+
+
+def test_a_super_budget_that_is_not_given_is_valid():
+    assert UniqueConfig(budget=512, super_page_size=32).upper.budget == 2048
+    for size in (8, 16, 32, 64, 128):
+        for budget in (16, 64, 1028):
+            upper = UniqueConfig(budget=budget, super_page_size=size).upper
+            given = UniqueConfig(budget=budget, super_page_size=size, super_budget=upper.budget)
+            assert given.upper == upper and upper.budget >= 4 * budget
+
+
+def test_super_pages_survive_being_written_down():
+    config = UniqueConfig(super_page_size=32, super_budget=4096)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert (written["super_page_size"], written["super_budget"]) == (32, 4096) and "_upper" not in written
+    assert UniqueConfig.from_dict(written) == config and hash(UniqueConfig.from_dict(written)) == hash(config)
+    older = {name: value for name, value in UniqueConfig().to_dict().items() if not name.startswith("super_")}
+    assert UniqueConfig.from_dict(older) == UniqueConfig()
 
 
 def test_unknown_setting_names_the_nearest():
