@@ -41,6 +41,9 @@ def test_main_holds_the_speed_benchmark_the_paper_and_every_lever():
     ):
         assert set(values) <= {keys[index] for keys in found}
     assert found < {keys_of(config) for config in quality.settings("full")}
+    assert {(p, s, b) for p, _, _, _, _, s, b in found if s} >= {
+        (p, s, b) for p in (4, 8) for s in (8, 16, 32, 64, 128) for b in (1024, 2048, 4096) if s > p
+    }
 
 
 def test_keeping_all_pages_is_dense_and_counts_no_sparse_row(pocket, hay):
@@ -77,6 +80,24 @@ def test_recall_is_the_mass_of_kept_pages_outside_forced_ones(hay):
     pages = {layer: quality.by_page(mass, 16)[..., 1:-2] for layer, mass in hay.mass.items()}
     bound = sum(float(p.amax(-1).sum()) for p in pages.values())
     assert 0.5 * bound < kept <= bound * (1 + 1e-5)
+
+
+def test_super_pages_keep_less_mass_than_all_pages_and_more_with_more_tokens(pocket, hay):
+    one = UniqueConfig(page_size=4, budget=64)
+    levels = {budget: one.replace(super_page_size=16, super_budget=budget) for budget in (96, 192, 1024)}
+    shares = {}
+    for budget, config in {**levels, None: one}.items():
+        kept, free = quality.recall_of(hay, config)
+        shares[budget] = kept / free
+    assert 0 < shares[96] < shares[192] < shares[1024] == shares[None]
+    tallies = {budget: quality.Tally() for budget in (96, 1024, None)}
+    for budget, tally in tallies.items():
+        quality.add(tally, *pocket, hay, levels.get(budget, one))
+        assert tally.pages_read == tally.rows * 16
+    assert (tallies[1024].correct, tallies[1024].kept_mass) == (tallies[None].correct, tallies[None].kept_mass)
+    row = quality.row_of(levels[96], tallies[96], CONTEXT, 1.0, 128)
+    assert (row["super_page_size"], row["super_budget"]) == (16, 96)
+    assert row["index_bytes_per_token"] == 74 / 4 + 74 / 16
 
 
 def test_settings_follow_each_other_on_one_cache_without_a_trace(pocket, hay):
@@ -116,6 +137,35 @@ def test_a_run_writes_whole_rows_and_says_what_failed(pocket, tmp_path, capsys, 
     # per page of 4: 64 bytes of codes, 4 scales and the spread in bf16
     assert row["index_bytes_per_token"] == (64 + 4 * 2 + 2) / 4
     assert decode.quality_of(good, results["rows"])["needle_accuracy"] == row["accuracy"]
+
+
+def test_the_floor_counts_both_levels():
+    shape = decode.Shape(2, 1000, kv_heads=8, head_dim=128)
+    one = UniqueConfig(page_size=4, stats_dtype="int4", budget=512)
+    two = one.replace(super_page_size=16, super_budget=640)
+    page, kept = 64 + 4 * 2 + 2, 512 * 2 * 128 * 2
+    assert decode.floor_us(shape, one) == pytest.approx(16 * (250 * page + kept) / decode.READ_RATE * 1e6)
+    assert decode.floor_us(shape, two) == pytest.approx(16 * ((63 + 160) * page + kept) / decode.READ_RATE * 1e6)
+
+
+def test_a_step_of_the_speed_benchmark_appends_to_both_levels(capsys, tmp_path):
+    (shape, configs), *_ = decode.plan("smoke")
+    config = configs[-1]
+    run = decode.Decode(shape, config, "cpu", 0)
+    (x,) = run.inputs
+    run.step(x)
+    for stats, page_size in ((x["stats"], 4), (x["upper"], 16)):
+        expected = decode.ops.page_stats(x["k"], page_size=page_size, seq_lens=x["lens"], stats_dtype="int4")
+        assert all(torch.equal(a, b) for a, b in zip(stats, expected))
+    assert torch.equal(x["k"][:, :, shape.context - 1], x["new"][0][:, :, 0])
+    older = {key: value for key, value in zip(decode.KEYS, keys_of(config)) if not key.startswith("super")}
+    rows = [{**older, "recall": 0.5, "accuracy": 0.7}, {**older, "super_page_size": 16, "super_budget": 128}]
+    rows[1].update(recall=0.4, accuracy=0.6)
+    row = decode.measure_setting(shape, config, "cpu", rows, 0, {"sdpa": 10.0})
+    assert set(row["parts_us"]) == {"score_us", "select_us", "attend_us"} and all(row["parts_us"].values())
+    assert (row["super_page_size"], row["super_budget"], row["needle_accuracy"]) == (16, 128, 0.6)
+    assert decode.quality_of(config.replace(super_page_size=None, super_budget=None), rows)["recall"] == 0.5
+    assert figures.label(row) == "4 int4 in 16/128" and figures.label(older) == "4 int4"
 
 
 def result_files(tmp_path, contexts=(4096, 32768)):
