@@ -10,6 +10,7 @@ from tests.cache.test_layers import OPERATIONS, from_scratch, same_stats, states
 from unique_attention import UniqueConfig
 from unique_attention.hf import UniqueDynamicLayer, UniqueStaticLayer
 from unique_hf.arena import Arena
+from unique_hf.decode_step import _tensors
 
 SETTINGS = UniqueConfig(page_size=4, budget=16, stats_dtype="fp8", super_page_size=16, super_budget=64)
 
@@ -64,6 +65,9 @@ def test_padding_and_holes_reach_both_levels():
     starts = torch.tensor([18, 0], dtype=torch.int32)
     layer.index.refresh(layer.keys, mask, starts)
     assert_current(layer, 37, token_mask=mask, seq_starts=starts)
+    layer.index.forget()
+    layer.index.refresh(layer.keys, None, starts)
+    assert_current(layer, 37, seq_starts=starts)
 
 
 def test_a_copy_and_its_original_go_their_own_ways():
@@ -127,6 +131,7 @@ def test_fixed_form_keeps_both_levels_in_place(capacity):
         assert_current(layer, length)
         assert [level.stats.codes.data_ptr() for level in layer.index.levels] == addresses
     layer.leave_fixed(57)
+    assert [level.covered for level in layer.index.levels] == [57, 57]
     assert_current(filled(2, layer=layer), 59)
 
 
@@ -147,6 +152,9 @@ def test_blocks_hold_both_levels():
         assert torch.equal(layer.keys, keys)
         assert_current(layer, 37)
         assert [level.stats.spread.shape[2] for level in layer.index.levels] == [15, 4]
+        # a graph is good for these addresses only
+        held = {id(t) for t in _tensors(layer)}
+        assert all(t is None or id(t) in held for level in layer.index.levels for t in level.stats)
         storages = {t.untyped_storage()._cdata for level in layer.index.levels for t in level.stats if t is not None}
         assert storages == {layer.buffers()[0].untyped_storage()._cdata}
         assert_current(filled(1, layer=layer), 38)
