@@ -269,13 +269,7 @@ def unique_decode(
     score, upper = config.score, config.upper
     if new is not None and seq_lens is None:
         raise ValueError("`new` needs `seq_lens`, the slots in use with the new token included.")
-    if (upper is None) != (super_stats is None):
-        raise ValueError(
-            f"super_page_size={config.super_page_size}, `super_stats` {'not ' if super_stats is None else ''}given: "
-            "pass the statistics of pages of `super_page_size` tokens exactly where the settings have them."
-        )
-    if upper is not None and page_table is not None:
-        raise NotImplementedError("super-pages need a contiguous cache, got a page table; set super_page_size=None.")
+    _check_levels(config, super_stats, page_table)
     if not use_triton(q, impl, score):
         if new is not None and seq_lens is not None:
             _append_reference(k, v, stats, super_stats, new, config, seq_lens, seq_starts, token_mask, page_table)
@@ -307,6 +301,16 @@ def unique_decode(
         dense_below=dense_below, counters=counters, new=new, super_stats=super_stats,
     )  # fmt: skip
     return (out, page_ids) if return_page_ids else out
+
+
+def _check_levels(config: UniqueConfig, super_stats: PageStats | None, page_table: Tensor | None) -> None:
+    if (config.upper is None) != (super_stats is None):
+        raise ValueError(
+            f"super_page_size={config.super_page_size}, `super_stats` {'not ' if super_stats is None else ''}given: "
+            "pass the statistics of pages of `super_page_size` tokens exactly where the settings have them."
+        )
+    if config.upper is not None and page_table is not None:
+        raise NotImplementedError("super-pages need a contiguous cache, got a page table; set super_page_size=None.")
 
 
 def _append_reference(k, v, stats, super_stats, new, config, seq_lens, seq_starts, token_mask, page_table):

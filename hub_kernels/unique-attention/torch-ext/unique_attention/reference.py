@@ -108,19 +108,7 @@ def unique_decode(
         # every page of the row is kept whatever its score
         scores = torch.zeros(q.shape[0], k.shape[1], num_pages, device=q.device)
     else:
-        scores = page_scores(
-            q,
-            stats,
-            score=config.score,
-            score_weight=config.score_weight,
-            group_reduce=config.group_reduce,
-            stats_dtype=config.stats_dtype,
-            softmax_scale=softmax_scale,
-            page_table=page_table,
-            k=k,
-            token_mask=token_mask,
-            **rows,
-        )
+        scores = _scores(q, stats, config, softmax_scale, rows, page_table=page_table, k=k, token_mask=token_mask)
     upper = config.upper
     if upper is not None:
         kept = _kept_super_pages(q, super_stats, upper, softmax_scale, seq_lens, seq_starts)
@@ -160,19 +148,25 @@ def _with_dense_rows(page_ids: Tensor, scores: Tensor, dense_pages: int, rows: d
     return torch.where(dense, everything, selected), page_ids.masked_fill(dense & (count > num_kept), -1)
 
 
+def _scores(q, stats, config: UniqueConfig, softmax_scale, rows: dict, **keys) -> Tensor:
+    """The scores of one level, `[B, HK, N]`."""
+    return page_scores(
+        q,
+        stats,
+        score=config.score,
+        score_weight=config.score_weight,
+        group_reduce=config.group_reduce,
+        stats_dtype=config.stats_dtype,
+        softmax_scale=softmax_scale,
+        **rows,
+        **keys,
+    )
+
+
 def _kept_super_pages(q, stats, upper, softmax_scale, seq_lens, seq_starts) -> Tensor:
     """Which super-pages the first level keeps: `[B, HK, NS]` bool."""
     rows = {"page_size": upper.page_size, "seq_lens": seq_lens, "seq_starts": seq_starts}
-    scores = page_scores(
-        q,
-        stats,
-        score=upper.score,
-        score_weight=upper.score_weight,
-        group_reduce=upper.group_reduce,
-        stats_dtype=upper.stats_dtype,
-        softmax_scale=softmax_scale,
-        **rows,
-    )
+    scores = _scores(q, stats, upper, softmax_scale, rows)
     ids = select_pages(
         scores, num_kept=upper.num_kept, sink_pages=upper.sink_pages, recent_pages=upper.recent_pages, **rows
     ).long()
