@@ -115,15 +115,20 @@ class Call:
         cache (`DynamicCache`): The cache of the call.
         batch (`int`): Rows.
         new_tokens (`int`): Tokens that the call can add to the prompt.
+        greedy (`bool`, *optional*, defaults to `False`): Tokens are chosen by their score alone.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Any, cache: DynamicCache, batch: int, new_tokens: int):
+    def __init__(
+        self, model: PreTrainedModel, settings: Any, cache: DynamicCache, batch: int, new_tokens: int,
+        greedy: bool = False,
+    ):  # fmt: skip
         self.model, self.settings = model, settings
         # its layers are ours, see `why_eager`
         self.cache: Any = cache
         self.batch, self.new_tokens = batch, new_tokens
-        self.failed = False
-        self.length = self.capacity = 0
+        self.greedy, self.failed = greedy, False
+        # decode steps asked for, tokens and slots in the cache
+        self.asked = self.length = self.capacity = 0
         # set by `prepare` until `finish`
         self._step: Any = None
         self._running = False
@@ -147,7 +152,10 @@ class Call:
             state = self._step.state
             self._step.release(self.length)
             self._bind(state)
-        outputs = self._step.run(inputs)
+        self.asked += 1
+        # the prompt gave the first token; a step beyond the capacity would need another recording
+        more = self.asked < self.new_tokens - 1 and self.length + 2 <= self.capacity
+        outputs = self._step.run(inputs, more and self.greedy)
         self.length += 1
         self._counts.add(self.length)
         return outputs
@@ -234,7 +242,9 @@ class Call:
         tally.captures += step.captures
         tally.seconds += step.seconds
         tally.together += step.captures if step.launches else 0
-        step.captures, step.seconds = 0, 0.0
+        tally.early, tally.vain = tally.early + step.early, tally.vain + step.vain
+        step.captures = step.early = step.vain = 0
+        step.seconds = 0.0
         _keep(self.model, step)
 
 
@@ -299,7 +309,8 @@ def _begin(model: PreTrainedModel, input_ids: torch.Tensor, kwargs: dict[str, An
     if reason is None:
         rows, tokens = input_ids.shape
         new_tokens = (kwargs["generation_config"].max_length or 1 << 40) - tokens
-        call = Call(model, settings, kwargs["past_key_values"], rows, new_tokens)
+        greedy = not kwargs["generation_config"].do_sample
+        call = Call(model, settings, kwargs["past_key_values"], rows, new_tokens, greedy)
         embeds = kwargs.get("inputs_embeds")
         call.prepare(tokens if embeds is None else embeds.shape[1])
         return call

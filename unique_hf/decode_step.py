@@ -19,6 +19,7 @@ from .arena import Arena
 from .backend import adapter
 from .fused import fused
 from .graphs import RECORDERS
+from .lookahead import IDS, Lookahead, Started
 
 # handled by the step itself: the cache is bound, padding has become `seq_starts`
 OWN = ("past_key_values", "attention_mask")
@@ -67,12 +68,19 @@ class DecodeStep:
         # where the buffers of the last cache lay, for a later call to ask for the same places
         self.arena: Arena | None = None
         self.captures, self.seconds = 0, 0.0
+        # steps that were under way when they were asked for, and steps that ran in vain
+        self.early = self.vain = 0
+        self.lookahead: Lookahead | None = None
+        self._started: Started | None = None
         # whether launches may wait for what comes next, found out at the first run; and what the recording launches
         self.defers = False
         self.launches: Counter[str] = Counter()
         self._model: Any = None
         self._cache: Any = None
-        self._outputs: Any = None
+        # class of what the recorded forward returns
+        self._kind: Any = None
+        # by the set of results that they show: the recording's own, or one of the two that a lookahead keeps
+        self._outputs: dict[int | None, ModelOutput] = {}
         self._starts: list[torch.Tensor | None] = []
 
     @property
@@ -110,7 +118,9 @@ class DecodeStep:
         self.state = state
         places = tuple(_place(tensor) for layer in cache.layers for tensor in _tensors(layer))
         self.bound, self.shapes = (state, places), tuple(place and place[1:] for place in places)
-        self._outputs = None
+        self._outputs = {}
+        if self.lookahead is not None:
+            self.lookahead.begin()
         return min(layer.buffers()[0].shape[2] for layer in cache.layers)
 
     def _scratch(self, layer: Any) -> torch.Tensor:
@@ -129,56 +139,114 @@ class DecodeStep:
         """
         if self._cache is None:
             return
+        self._undo()
         for layer, starts in zip(self._cache.layers, self._starts):
             # restored even where a layer failed to enter: then `fixed_lens` was never set
             layer.index.seq_starts = starts
             if layer.fixed_lens is not None:
                 layer.leave_fixed(length)
-        self._model = self._cache = self._outputs = self.bound = None
-        self._starts = []
+                for level in layer.index.levels:
+                    # a step in vain may have left a token too many in the last page: recomputed before it is read
+                    level.covered -= length % level.settings.page_size
+        self._model = self._cache = self.bound = None
+        self._outputs, self._starts = {}, []
+
+    def _undo(self) -> None:
+        """Take back the step under way, if there is one."""
+        started, self._started = self._started, None
+        if started is not None:
+            started.wait()
+            self.seq_lens.sub_(1)
+            self.vain += 1
 
     def drop_graph(self) -> None:
         """Forget the recording, whose memory returns to torch."""
+        # memory that a step under way writes to must not be given to others
+        self._undo()
+        self.lookahead = None
         self.replay = self.captured_for = self.warmed_for = None
 
-    def run(self, inputs: dict[str, Any]) -> ModelOutput:
+    def run(self, inputs: dict[str, Any], more: bool = False) -> ModelOutput:
         """One decode step of the bound cache: eager at first, recorded at the second, replayed from then on.
 
         Args:
             inputs (`dict`): Keywords of the model's forward, `[B, 1]` token ids among them.
+            more (`bool`, *optional*, defaults to `False`): Start the step after this one too, where its inputs can be
+                guessed; there is room for it in the cache.
         Returns:
             `ModelOutput`: As from the model; its tensors are overwritten by the next step.
         Raises:
             NotCapturable: The step cannot be replayed.
         """
-        self._load(inputs)
-        key = (self.bound, self.layout)
-        if self.replay is None or self.captured_for != key:
-            kind = (self.state, self.layout, self.shapes)
-            if self.warmed_for != kind:
-                self.drop_graph()
-                with adapter().activity.probing() as log, self._fused():
-                    outputs = self.recorder.warm(self._forward)
-                self._check(log)
-                self.defers = self.recorder.fuses and self._may_defer(outputs)
-                self.warmed_for = kind
-                return self._dress(outputs)
-            # what a step of these shapes loads and compiles is there, wherever its buffers lie
-            self.replay = None
-            begin = time.perf_counter()
-            mode = self._mode() if self.defers else None
-            with adapter().activity.probing(), self._fused(mode):
-                self.replay = self.recorder.capture(functools.partial(self._forward, mode))
-            self.launches = Counter() if mode is None else mode.counts
-            self.captured_for = key
-            self.captures, self.seconds = self.captures + 1, self.seconds + time.perf_counter() - begin
-            self._outputs = None
+        started = self._asked_for(inputs)
+        if started is None:
+            self._load(inputs)
+            key = (self.bound, self.layout)
+            if self.replay is None or self.captured_for != key:
+                kind = (self.state, self.layout, self.shapes)
+                if self.warmed_for != kind:
+                    return self._dress(self._warm(kind))
+                # what a step of these shapes loads and compiles is there, wherever its buffers lie
+                self._record(key)
         replay: Any = self.replay
-        outputs = replay()
+        ahead = self.lookahead
+        if ahead is None or (started is None and not (more and ahead.credit > 0)):
+            return self._show(None, replay()[1])
+        if started is None:
+            started = ahead.start(replay)
+        if more and ahead.credit > 0:
+            self._started = ahead.start(replay)
+        return self._show(started.turn, ahead.results(started))
+
+    def _asked_for(self, inputs: dict[str, Any]) -> Started | None:
+        """The step under way, if it is the one that is asked for; otherwise it is undone."""
+        started, ahead = self._started, self.lookahead
+        if started is None or ahead is None:
+            return None
+        if self._as_before(inputs) and ahead.guessed(inputs, started):
+            self._started = None
+            self.early += 1
+            return started
+        self._undo()
+        return None
+
+    def _warm(self, kind: tuple[Any, ...]) -> tuple[type, dict[str, Any]]:
+        self.drop_graph()
+        with adapter().activity.probing() as log, self._fused():
+            outputs = self.recorder.warm(self._forward)
+        self._check(log)
+        self.defers = self.recorder.fuses and self._may_defer(outputs)
+        self.warmed_for = kind
+        return outputs
+
+    def _record(self, key: tuple[Any, ...]) -> None:
+        self.replay = self.lookahead = None
+        begin = time.perf_counter()
+        mode = self._mode() if self.defers else None
+        ahead = Lookahead(self.recorder, self.inputs) if IDS in self.inputs else None
+
+        def step() -> tuple[type, dict[str, Any]]:
+            kind, fields = self._forward(mode)
+            self._kind = kind
+            if ahead is not None and ahead.suits(self.inputs, fields):
+                ahead.guess(fields)
+                self.lookahead = ahead
+            return kind, fields
+
+        with adapter().activity.probing(), self._fused(mode):
+            self.replay = self.recorder.capture(step)
+        if ahead is not None:
+            ahead.begin()
+        self.launches = Counter() if mode is None else mode.counts
+        self.captured_for = key
+        self.captures, self.seconds = self.captures + 1, self.seconds + time.perf_counter() - begin
+        self._outputs = {}
+
+    def _show(self, turn: int | None, fields: dict[str, Any]) -> ModelOutput:
         # the same tensors every time
-        if self._outputs is None:
-            self._outputs = self._dress(outputs)
-        return self._outputs
+        if turn not in self._outputs:
+            self._outputs[turn] = self._dress((self._kind, fields))
+        return self._outputs[turn]
 
     def _fused(self, mode: deferred.Deferred | None = None) -> contextlib.AbstractContextManager[Any]:
         return fused(self._model, mode) if self.recorder.fuses else contextlib.nullcontext()

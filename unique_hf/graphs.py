@@ -49,6 +49,20 @@ class CudaGraph:
         current.wait_stream(self.stream)
         return outputs
 
+    def beside(self, work: Callable[[], Any]) -> Callable[[], None]:
+        """Run work on the recorder's own stream, after what the caller's stream has now and what ran here before.
+
+        Args:
+            work (`Callable`): Takes nothing.
+        Returns:
+            `Callable`: Makes the stream that is then current wait for it.
+        """
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            work()
+        done = self.stream.record_event()
+        return lambda: torch.cuda.current_stream(self.device).wait_event(done)
+
     def capture(self, step: Callable[[], Any]) -> Callable[[], Any]:
         """Record a step without running it.
 

@@ -24,6 +24,8 @@ class Tally:
         captures (`int`): Recordings made.
         seconds (`float`): Time they took.
         together (`int`): How many of the recordings have linear layers that run together with what follows them.
+        early (`int`): How many of the steps were under way when `generate` asked for them.
+        vain (`int`): Steps beside these that were started for a token which was not chosen, and undone.
         eager (`Counter`): Calls that decoded eagerly, or went over to it, by reason.
     """
 
@@ -32,6 +34,8 @@ class Tally:
     captures: int = 0
     seconds: float = 0.0
     together: int = 0
+    early: int = 0
+    vain: int = 0
     eager: Counter = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
@@ -39,7 +43,8 @@ class Tally:
         lines = []
         if self.calls:
             lines.append(
-                f"{self.calls:,} generate calls captured: {self.steps:,} steps, {self.captures} captures of "
+                f"{self.calls:,} generate calls captured: {self.steps:,} steps, {self.early:,} of them begun ahead, "
+                f"{self.vain:,} more in vain, {self.captures} captures of "
                 f"{self.seconds:.2f} s in all, {self.together} with linear layers run together"
             )
         return lines + [f"{count:,} generate calls eager: {reason}" for reason, count in sorted(self.eager.items())]
@@ -70,7 +75,8 @@ def collect(model: torch.nn.Module, reset: bool = False) -> Tally:
         with _LOCK:
             found = TALLIES.pop(module, None) if reset else TALLIES.get(module)
         if found is not None:
-            for name in ("calls", "steps", "captures", "seconds", "together", "eager"):
+            for item in fields(total):
+                name = item.name
                 setattr(total, name, getattr(total, name) + getattr(found, name))
     return total
 

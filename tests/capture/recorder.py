@@ -64,6 +64,10 @@ class Replayed:
         self.log.append("warm")
         return step()
 
+    def beside(self, work):
+        work()
+        return lambda: None
+
     def capture(self, step):
         self.log.append("capture")
         first: dict[bool, tuple] = {}
@@ -93,6 +97,23 @@ class Replayed:
             return kind, static
 
         return replay
+
+
+class Late(Replayed):
+    """Runs what is beside the caller's stream as late as a device may: when it is waited for."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.queue = []
+
+    def beside(self, work):
+        self.queue.append(work)
+
+        def wait():
+            while work in self.queue:
+                self.queue.pop(0)()
+
+        return wait
 
 
 def exempt(name):
