@@ -212,17 +212,10 @@ def sweep(shape: Shape, setting: Setting, device: str) -> None:
     key = (shape.head_dim, tensors[0].element_size())
     call = lambda q, k, v: soft_mask.soft_mask_attention(q, k, v, **setting.arguments)  # noqa: E731
     best = soft_mask.LAUNCH[key]
+    tiles = [(64, 64, 4, 2), (64, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)]
     trials = [best]
-    for rows, keys, warps, stages in (
-        (64, 64, 4, 3),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-        (64, 128, 4, 2),
-    ):
-        trials.append(best._replace(rows=rows, keys=keys, fwd=(warps, stages), dq=(warps, 2), dkv=(warps, 2)))
-    trials += [best._replace(dkv=dkv, step_rows=step) for dkv in ((4, 1), (4, 3), (8, 2)) for step in (32, 64)]
-    trials += [best._replace(dq=dq) for dq in ((4, 1), (4, 3), (8, 2))]
+    trials += [best._replace(**{name: soft_mask.Tile(*tile)}) for name in ("fwd", "dq", "dkv") for tile in tiles]
+    trials += [best._replace(step_rows=step) for step in (16, 32, 64)]
     for launch in trials:
         try:
             with mock.patch.dict(soft_mask.LAUNCH, {key: launch}):

@@ -19,7 +19,7 @@ MODULES = (soft_mask, soft_mask_select, soft_mask_stats)
 # shared memory that one program may take
 SHARED = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
 # bytes of stack per thread a kernel may spill to
-SPILLS = {"_soft_mask_bwd_dq_kernel": 64, "_soft_mask_fwd_threshold_kernel": 64}
+SPILLS = {"_soft_mask_bwd_dq_kernel": 192, "_soft_mask_bwd_dkv_kernel": 192}
 
 
 def train_step(dtype=torch.bfloat16, D=128, DV=None, H=8, HK=2, T=256, page_size=4, mask=False, **settings):
@@ -51,11 +51,16 @@ CASES = {
     },
     "bf16 minmax one head": {"H": 2, "HK": 2, "page_size": 128, "score": "minmax"},
     "bf16 sixteen heads": {"H": 16, "HK": 1, "page_size": 2},
+    "bf16 sixteen heads 256": {"H": 16, "HK": 1, "page_size": 4, "D": 256},
+    "bf16 256 small pages": {"D": 256, "page_size": 2, "threshold_grad": True},
+    "fp32 256 sixteen heads": {"H": 16, "HK": 1, "page_size": 2, "D": 256, "dtype": torch.float32, "mask": True},
+    "fp32 minmax": {"page_size": 8, "score": "minmax", "dtype": torch.float32},
 }  # fmt: skip
 
 
 # ten kernels of some seconds each: the rest of the table is for the slow lane
 FAST = {("bf16 128", target) for target in TARGETS}
+FAST |= {(case, "cuda:90") for case in CASES if "sixteen" in case or "small pages" in case}
 TABLE = [
     pytest.param(case, target, marks=() if (case, target) in FAST else pytest.mark.slow, id=f"{case}-{target}")
     for case in CASES

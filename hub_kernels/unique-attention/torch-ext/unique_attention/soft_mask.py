@@ -28,29 +28,40 @@ from .soft_mask_select import open_lists, select_tiles
 from .soft_mask_stats import LINEAR_FORMS, Features, add_feature_grads, features
 
 
-class Launch(NamedTuple):
-    """Shape of the tiles, and (num_warps, num_stages) of the three attention kernels."""
+class Tile(NamedTuple):
+    """Tile of one kernel and how its program runs."""
 
     rows: int  # queries of a tile, times the heads of a group
     keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Launch(NamedTuple):
+    """Tiles of the three attention kernels, and the program that searches thresholds."""
+
+    fwd: Tile
+    dq: Tile
+    dkv: Tile
     step_rows: int  # rows that dk and dv take at a time
-    fwd: tuple[int, int]
-    dq: tuple[int, int]
-    dkv: tuple[int, int]
+    threshold: tuple[int, int, int] = (128, 32, 8)  # queries, pages at a time, num_warps
 
 
 # by largest head dim and bytes per number; two stages copy and compute in turn, three at the same time
 LAUNCH = {
-    (64, 2): Launch(64, 64, 64, (4, 3), (4, 3), (4, 3)),
-    (128, 2): Launch(64, 64, 32, (4, 2), (8, 3), (8, 3)),
-    (256, 2): Launch(64, 32, 32, (8, 2), (8, 2), (8, 1)),
-    (64, 4): Launch(32, 32, 32, (4, 1), (4, 1), (4, 1)),
-    (128, 4): Launch(32, 32, 16, (4, 1), (4, 1), (4, 1)),
-    (256, 4): Launch(16, 32, 16, (8, 1), (8, 1), (8, 1)),
+    (64, 2): Launch(*[Tile(64, 64, 4, 3)] * 3, 64),
+    (128, 2): Launch(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), 64),
+    (256, 2): Launch(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), 32),
+    (64, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 32),
+    (128, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 16),
+    (256, 4): Launch(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), 16, (64, 32, 4)),
 }
-# small tiles, so that small tests see many of them
-LAUNCH_INTERPRETER = Launch(32, 32, 16, (1, 1), (1, 1), (1, 1))
+# where a program has less shared memory than on Hopper
+LAUNCH_SMALL = LAUNCH | {(128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), 32)}
+# small tiles, so that small tests see many of them, of another shape in every kernel
+LAUNCH_INTERPRETER = Launch(Tile(32, 32, 1, 1), Tile(32, 16, 1, 1), Tile(64, 32, 1, 1), 16, (16, 16, 1))
 MAX_GROUP = 16
+MIN_BLOCK_T = 4
 
 
 class Layout(NamedTuple):
@@ -208,23 +219,26 @@ def _pack(cu_seq_lens, token_mask, length: int, page_size: int) -> tuple[torch.T
     return slots, num_slots, Layout(start, valid)
 
 
-def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, Launch]:
-    """Settings that all kernels share, those of the selection, and the launch."""
+class Plan(NamedTuple):
+    """What the kernels are launched with: shared settings, tiles of each, and the selection."""
+
+    meta: dict
+    fwd: dict
+    dq: dict
+    dkv: dict
+    select: dict
+
+
+def _plan(q, k, v, layout: Layout, settings: Settings) -> Plan:
     group = q.shape[1] // k.shape[1]
     group_pow2 = triton.next_power_of_2(group)
     block_d, block_dv = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
     size = q.element_size()
     num_features = block_d * (2 if settings.score == "minmax" else 1)
-    backend = target_of(q.device).backend
-    interpreted = backend == "interpreter"
-    launch = LAUNCH_INTERPRETER if interpreted else LAUNCH[max(64, block_d, block_dv), size]
-    block_t = max(launch.rows // group_pow2, 8)
-    # eight warps where four would have to spill: rows of more than 8 heads, long accumulators of dfq
-    if not interpreted and (block_t * group_pow2 > launch.rows or block_t * num_features >= 8192):
-        launch = launch._replace(**{name: (8, getattr(launch, name)[1]) for name in ("fwd", "dq", "dkv")})
-    if backend == "hip":  # 64 KB of shared memory
-        launch = launch._replace(dq=(launch.dq[0], min(launch.dq[1], 2)), dkv=(launch.dkv[0], 1))
-    chunk = min(settings.page_size, launch.keys // 16)
+    target = target_of(q.device)
+    launches = LAUNCH if target.backend == "cuda" and target.arch >= 90 else LAUNCH_SMALL
+    interpreted = target.backend == "interpreter"
+    launch = LAUNCH_INTERPRETER if interpreted else launches[max(64, block_d, block_dv), size]
     meta = {
         "sink_pages": settings.sink_pages, "recent_pages": settings.recent_pages, "scale": settings.softmax_scale,
         "softcap": settings.softcap or 0.0, "inv_temperature": min(1.0 / settings.temperature, 1e30),
@@ -232,18 +246,37 @@ def _launch(q, k, v, layout: Layout, settings: Settings) -> tuple[dict, dict, La
         "BLOCK_D": block_d, "BLOCK_DV": block_dv, "PAGE_SIZE": settings.page_size, "NUM_FEATURES": num_features,
         "HAS_SCALAR": settings.score == "scalar", "HAS_SOFTCAP": settings.softcap is not None,
         "HAS_MASK": layout.valid is not None, "PRECISION": "ieee" if size == 4 else "tf32",
-        "BLOCK_T": block_t, "BLOCK_S": launch.keys, "CHUNK": chunk,
     }  # fmt: skip
-    wide = num_features * size
+
+    def tile(rows: int, keys: int, num_warps: int, num_stages: int, hip_stages: int) -> dict:
+        block_t = max(rows // group_pow2, MIN_BLOCK_T)
+        while block_t * num_features * size > 32 * 1024:
+            block_t //= 2
+        # eight warps where four would have to spill: rows of many heads, long accumulators of dfq
+        if not interpreted and (block_t * group_pow2 > rows or block_t * num_features >= 8192):
+            num_warps = 8
+        if target.backend == "hip":  # 64 KB of shared memory
+            num_stages = min(num_stages, hip_stages)
+        return {
+            "BLOCK_T": block_t, "BLOCK_S": keys, "CHUNK": min(settings.page_size, keys // 16),
+            "num_warps": num_warps, "num_stages": num_stages,
+        }  # fmt: skip
+
+    fwd, dq, dkv = tile(*launch.fwd, 3), tile(*launch.dq, 2), tile(*launch.dkv, 1)
+    dkv["STEP_T"] = min(dkv["BLOCK_T"], max(MIN_BLOCK_T, launch.step_rows // group_pow2))
+    # one map of open tiles serves all three: its tiles are the smallest of theirs
+    block_t, block_s = (min(x[name] for x in (fwd, dq, dkv)) for name in ("BLOCK_T", "BLOCK_S"))
+    queries, pages, num_warps = launch.threshold
+    if num_features * size > 512:
+        queries, pages, num_warps = min(queries, 64 if num_features * size <= 1024 else 32), min(pages, 32), 4
+    parts = 1 if size == 4 else max(1, queries // block_t)  # fp32 products take registers, not tensor cores
     select = {
         "num_free": settings.num_kept - settings.sink_pages - settings.recent_pages,
         "cut": math.log(settings.skip_below / (1 - settings.skip_below)) if settings.skip_below > 0 else -math.inf,
-        "BLOCK_T": 16 if interpreted else 128 if wide <= 512 else 64 if wide <= 1024 else 32,
-        "BLOCK_N": 16 if interpreted else 64 if wide <= 512 else 32,
-        "BLOCK_C": max(64, launch.keys // chunk),
-        "num_warps": 8 if wide <= 512 else 4,
+        "threshold": {"BLOCK_T": queries, "BLOCK_N": pages, "num_warps": num_warps},
+        "tiles": {"BLOCK_T": block_t, "BLOCK_S": block_s, "PARTS": parts, "num_warps": num_warps},
     }  # fmt: skip
-    return meta, select, launch
+    return Plan(meta, fwd, dq, dkv, select)
 
 
 class _SoftMaskAttention(torch.autograd.Function):
@@ -254,61 +287,60 @@ class _SoftMaskAttention(torch.autograd.Function):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         B, H, T, _ = q.shape
         HK = k.shape[1]
-        meta, select, launch = _launch(q, k, v, layout, settings)
+        plan = _plan(q, k, v, layout, settings)
         form = {name: getattr(settings, name) for name in ("page_size", "score", "score_weight")}
         feats = features(q, k, **form, valid=layout.valid)
-        thresholds, is_open = select_tiles(*feats, layout, meta, select, settings.threshold_grad)
+        thresholds, is_open = select_tiles(*feats, layout, plan.meta, plan.select, settings.threshold_grad)
         # [B, T, H, DV] in memory: that is where the model wants it next
         out = torch.empty(B, T, H, v.shape[-1], dtype=q.dtype, device=q.device).transpose(1, 2)
         lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-        N, (NQB, NKB) = feats.fp.shape[2], is_open.shape[1:]
         valid = lse if layout.valid is None else layout.valid
-        num_warps, num_stages = launch.fwd
+        lists, counts = open_lists(is_open, T, plan.select["tiles"], plan.fwd, by_keys=False)
+        NQB, NKB = lists.shape[1:]
         _soft_mask_fwd_attend_kernel[(NQB, B * HK)](
             q, k, v, out, lse, *feats, thresholds.theta, layout.start, valid, lse if sinks is None else sinks,
-            *open_lists(is_open, by_keys=False),
+            lists, counts,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *layout.start.stride(),
-            valid.stride(0), T, N, NQB, NKB, HK, **meta, HAS_SINKS=sinks is not None,
-            num_warps=num_warps, num_stages=num_stages,
+            valid.stride(0), T, feats.fp.shape[2], NQB, NKB, HK, **plan.meta, **plan.fwd, HAS_SINKS=sinks is not None,
         )  # fmt: skip
         # features and lists are cheap to make again and would stay in memory for every layer
         ctx.save_for_backward(q, k, v, sinks, out, lse, *layout, *thresholds, is_open)
-        ctx.threshold_grad, ctx.launch = settings.threshold_grad, (meta, form, launch)
+        ctx.threshold_grad, ctx.plan, ctx.form = settings.threshold_grad, plan, form
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, sinks, out, lse, start, valid, theta, above, below, is_open = ctx.saved_tensors
-        meta, form, launch = ctx.launch
+        plan, form = ctx.plan, ctx.form
         feats = features(q, k, **form, valid=valid)
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        (B, HK, T, _), N, (NQB, NKB) = k.shape, feats.fp.shape[2], is_open.shape[1:]
+        (B, HK, T, _), N = k.shape, feats.fp.shape[2]
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
         dtheta = torch.empty_like(theta) if ctx.threshold_grad else theta
         dfq, dnq = torch.empty_like(feats.fq, dtype=q.dtype), torch.empty_like(feats.nq)
         mask = lse if valid is None else valid
-        common = (*start.stride(), mask.stride(0), T, N, NQB, NKB, HK)
+        edges = (*start.stride(), mask.stride(0), T, N)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        num_warps, num_stages = launch.dq
+        lists, counts = open_lists(is_open, T, plan.select["tiles"], plan.dq, by_keys=False)
+        NQB, NKB = lists.shape[1:]
         _soft_mask_bwd_dq_kernel[(NQB, B * HK)](
             q, k, v, out, dout, lse, *feats, theta, above, below, start, mask,
-            *open_lists(is_open, by_keys=False),
-            dq, dfq, dnq, delta, dtheta,
-            *strides, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *common, **meta,
-            THRESHOLD_GRAD=ctx.threshold_grad, num_warps=num_warps, num_stages=num_stages,
+            lists, counts, dq, dfq, dnq, delta, dtheta,
+            *strides, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], *edges, NQB, NKB, HK,
+            **plan.meta, **plan.dq, THRESHOLD_GRAD=ctx.threshold_grad,
         )  # fmt: skip
-        page_size, block_s = meta["PAGE_SIZE"], meta["BLOCK_S"]
+        lists, counts = open_lists(is_open, T, plan.select["tiles"], plan.dkv, by_keys=True)
+        NKB, NQB = lists.shape[1:]
+        page_size, block_s = plan.meta["PAGE_SIZE"], plan.dkv["BLOCK_S"]
         pages_per_tile, tiles_per_page = max(1, block_s // page_size), max(1, page_size // block_s)
         dfp = torch.empty(B * HK, NKB, pages_per_tile, feats.fp.shape[3], dtype=torch.float32, device=q.device)
         dfs = torch.empty(dfp.shape[:3], dtype=torch.float32, device=q.device)
-        step_t = min(meta["BLOCK_T"], max(8, launch.step_rows // meta["GROUP_POW2"]))
-        num_warps, num_stages = launch.dkv
         _soft_mask_bwd_dkv_kernel[(NKB, B * HK)](
             q, k, v, dout, lse, delta, *feats, theta, dtheta, above, below, start, mask,
-            *open_lists(is_open, by_keys=True), dk, dv, dfp, dfs,
-            *strides, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *common, **meta, STEP_T=step_t,
-            THRESHOLD_GRAD=ctx.threshold_grad, num_warps=num_warps, num_stages=num_stages,
+            lists, counts, dk, dv, dfp, dfs,
+            *strides, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *edges, NQB, NKB, HK,
+            **plan.meta, **plan.dkv, THRESHOLD_GRAD=ctx.threshold_grad,
         )  # fmt: skip
         dfp, dfs = (_sum_tiles(x.flatten(1, 2), tiles_per_page).unflatten(0, (B, HK)) for x in (dfp, dfs))
         add_feature_grads(dq, dk, q, k, Features(dfq, dnq, dfp, dfs), **form, valid=valid)

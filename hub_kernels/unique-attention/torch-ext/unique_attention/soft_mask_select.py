@@ -7,8 +7,8 @@ high) <= K'`; the bracket shrinks until exactly K' scores lie at or above `high`
 above and the largest below. Exact for any values; equal scores on both sides of the cut give that score.
 
 Tiles. A tile is BLOCK_T queries by BLOCK_S keys. It is open when any of its queries has a forced page there, or a
-page with `g >= skip_below`. Every block of queries gets the ascending list of its open tiles (forward and dq walk
-it), every block of keys its transpose (dk and dv).
+page with `g >= skip_below`. Kernels with larger tiles join those of the map; every block of queries gets the ascending
+list of its open tiles (forward and dq walk it), every block of keys its transpose (dk and dv).
 """
 
 from typing import NamedTuple
@@ -229,12 +229,14 @@ def _soft_mask_fwd_tiles_kernel(
     stride_start_b, stride_start_t,
     T, N, NQB, NKB, HK, sink_pages, recent_pages, inv_temperature, cut,
     PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, WITH_IDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of queries from the last, b * HK) writes its row of the map of open tiles."""
+    """Program (PARTS blocks of queries from the last, b * HK) writes their rows of the map of open tiles."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
-    offs_t = (pid_t * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
+    first_t = (pid_t * BLOCK_T * PARTS).to(tl.int32)
+    offs_t = first_t + tl.arange(0, BLOCK_T * PARTS)
     mask_t = offs_t < T
     starts = start_ptr + (pid_bh // HK) * stride_start_b
     start = tl.load(starts + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32) // PAGE_SIZE
@@ -247,7 +249,7 @@ def _soft_mask_fwd_tiles_kernel(
     offs_f = tl.arange(0, NUM_FEATURES)
     fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f[None, :], mask=mask_t[:, None], other=0.0)
     theta = tl.load(theta_ptr + row, mask=mask_t, other=float("-inf"))
-    nq = tl.zeros([BLOCK_T], tl.float32)
+    nq = tl.zeros([BLOCK_T * PARTS], tl.float32)
     if HAS_SCALAR:
         nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
     if WITH_IDS:
@@ -256,9 +258,12 @@ def _soft_mask_fwd_tiles_kernel(
     floor = theta * inv_temperature + cut
 
     TILES: tl.constexpr = BLOCK_C * CHUNK // BLOCK_S
-    open_ptr += (pid_bh * NQB + pid_t) * NKB
-    own_first = (pid_t * BLOCK_T).to(tl.int32) // BLOCK_S  # tiles on the diagonal are always listed
-    last_t = tl.minimum((pid_t * BLOCK_T).to(tl.int32) + BLOCK_T, T) - 1
+    first_of_part = first_t + tl.arange(0, PARTS) * BLOCK_T
+    last_of_part = tl.minimum(first_of_part + BLOCK_T, T) - 1
+    block = pid_t * PARTS + tl.arange(0, PARTS)
+    open_rows = open_ptr + (pid_bh * NQB + block)[:, None] * NKB
+    own_first = first_t // BLOCK_S  # tiles on the diagonal are always listed
+    last_t = tl.minimum(first_t + BLOCK_T * PARTS, T) - 1
     first = tl.minimum(tl.min(tl.where(mask_t, start, N)) * PAGE_SIZE // BLOCK_S, own_first) // TILES * TILES
     for tile in range(first, last_t // BLOCK_S + 1, TILES):
         pages = (tile * BLOCK_S + tl.arange(0, BLOCK_C) * CHUNK) // PAGE_SIZE
@@ -269,49 +274,66 @@ def _soft_mask_fwd_tiles_kernel(
         is_open = seen & (~free | (theta[:, None] == float("-inf")) | (score * inv_temperature >= floor[:, None]))
         if WITH_IDS:
             is_open = is_open | (seen & (pages[None, :] == below[:, None]))
-        any_open = tl.max(tl.reshape(tl.max(is_open.to(tl.int32), axis=0), (TILES, BLOCK_C // TILES)), axis=1)
-        offs_k = tile + tl.arange(0, TILES)
-        any_open = tl.where(offs_k >= own_first, 1, any_open)
-        any_open = tl.where(offs_k * BLOCK_S <= last_t, any_open, 0)
-        tl.store(open_ptr + offs_k, any_open.to(tl.uint8), mask=offs_k < NKB)
+        is_open = tl.reshape(is_open.to(tl.int32), (PARTS, BLOCK_T, TILES, BLOCK_C // TILES))
+        any_open = tl.max(tl.max(is_open, axis=3), axis=1)  # [PARTS, TILES]
+        offs_k = (tile + tl.arange(0, TILES))[None, :]
+        any_open = tl.where(offs_k >= (first_of_part // BLOCK_S)[:, None], 1, any_open)
+        any_open = tl.where(offs_k * BLOCK_S <= last_of_part[:, None], any_open, 0)
+        tl.store(open_rows + offs_k, any_open.to(tl.uint8), mask=(offs_k < NKB) & (block < NQB)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_lists", "length", "stride_list", "stride_item"])
+@triton.jit(do_not_specialize=["num_lists", "length", "rows", "columns", "stride_list", "stride_item"])
 def _soft_mask_fwd_list_kernel(
-    open_ptr, list_ptr, count_ptr, num_lists, length, stride_list, stride_item, BLOCK: tl.constexpr
+    open_ptr, list_ptr, count_ptr, num_lists, length, rows, columns, stride_list, stride_item,
+    JOIN_LISTS: tl.constexpr, JOIN_ITEMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block of queries or keys, b * HK) writes the ascending list of the blocks that are open with it."""
     pid = tl.program_id(0).to(tl.int64)
     pid_bh = tl.program_id(1).to(tl.int64)
-    open_ptr += pid_bh * num_lists * length + pid * stride_list
+    open_ptr += pid_bh * rows * columns + pid * JOIN_LISTS * stride_list
     list_ptr += (pid_bh * num_lists + pid) * length
+    # the last block may join fewer rows of the map than the others, and reads its last one again
+    last = rows - pid * JOIN_LISTS - 1
     count = 0
     for start in range(0, length, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        is_open = tl.load(open_ptr + offs.to(tl.int64) * stride_item, mask=offs < length, other=0).to(tl.int32)
+        is_open = tl.zeros([BLOCK], tl.int32)
+        for i in tl.static_range(JOIN_LISTS):
+            for j in tl.static_range(JOIN_ITEMS):
+                item = offs * JOIN_ITEMS + j
+                at = open_ptr + tl.minimum(i, last) * stride_list + item.to(tl.int64) * stride_item
+                is_open |= tl.load(at, mask=item < columns, other=0).to(tl.int32)
         tl.store(list_ptr + count + tl.cumsum(is_open, axis=0) - 1, offs, mask=is_open > 0)
         count += tl.sum(is_open, axis=0)
     tl.store(count_ptr + pid_bh * num_lists + pid, count)
 
 
-def open_lists(is_open: torch.Tensor, by_keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def open_lists(
+    is_open: torch.Tensor, length: int, of_map: dict, tile: dict, by_keys: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What a block of queries has to visit, or with `by_keys` what a block of keys has to.
 
     Args:
-        is_open (`torch.Tensor`): `[B * HK, NQB, NKB]` uint8 map of the open tiles.
+        is_open (`torch.Tensor`): `[B * HK, *, *]` uint8 map of the open tiles.
+        length (`int`): Tokens T.
+        of_map (`dict`): BLOCK_T and BLOCK_S of the tiles of the map.
+        tile (`dict`): BLOCK_T and BLOCK_S of the tiles to list, multiples of those of the map.
         by_keys (`bool`): Lists of blocks of queries, one per block of keys, instead of the other way round.
     Returns:
         `tuple`: `[B * HK, NQB, NKB]` ascending lists and `[B * HK, NQB]` how many entries count; with `by_keys`
         `[B * HK, NKB, NQB]` and `[B * HK, NKB]`.
     """
-    rows, NQB, NKB = is_open.shape
-    num_lists, length = (NKB, NQB) if by_keys else (NQB, NKB)
-    lists = torch.empty(rows, num_lists, length, dtype=torch.int32, device=is_open.device)
+    rows, strides = is_open.shape[0], (is_open.shape[2], 1)
+    names = ("BLOCK_S", "BLOCK_T") if by_keys else ("BLOCK_T", "BLOCK_S")
+    sizes = is_open.shape[:0:-1] if by_keys else is_open.shape[1:]
+    num_lists, num_items = (triton.cdiv(length, tile[name]) for name in names)
+    join_lists, join_items = (tile[name] // of_map[name] for name in names)
+    lists = torch.empty(rows, num_lists, num_items, dtype=torch.int32, device=is_open.device)
     counts = torch.empty(rows, num_lists, dtype=torch.int32, device=is_open.device)
-    strides = (1, NKB) if by_keys else (NKB, 1)
     _soft_mask_fwd_list_kernel[(num_lists, rows)](
-        is_open, lists, counts, num_lists, length, *strides, BLOCK=256, num_warps=1
-    )
+        is_open, lists, counts, num_lists, num_items, *sizes, *(reversed(strides) if by_keys else strides),
+        JOIN_LISTS=join_lists, JOIN_ITEMS=join_items, BLOCK=256, num_warps=1,
+    )  # fmt: skip
     return lists, counts
 
 
@@ -326,10 +348,10 @@ def select_tiles(
         fq (`torch.Tensor`): `[B, HK, T, F]`; nq, fp, fs (`torch.Tensor`): The other features.
         layout (`Layout`): First valid slots and validity of the rows.
         meta (`dict`): Compile-time and run-time settings shared by the kernels.
-        select (`dict`): `num_free` K', `cut` (logit of the smallest gate that counts), blocks.
+        select (`dict`): `num_free` K', `cut` (logit of the smallest gate that counts), launches of both kernels.
         threshold_grad (`bool`): Also return the pages that set theta, and keep their tiles open.
     Returns:
-        `tuple`: [`Thresholds`], and the map of open tiles `[B * HK, NQB, NKB]` uint8.
+        `tuple`: [`Thresholds`], and the map of open tiles `[B * HK, *, *]` uint8.
 
     Numerics: theta is exact for the fp32 scores; deterministic; cost about 8 passes of a T x N x F product.
     """
@@ -342,17 +364,18 @@ def select_tiles(
     pages |= {"NUM_FEATURES": F, "WITH_IDS": threshold_grad}
     forced = (meta["sink_pages"], meta["recent_pages"])
     starts = layout.start.stride()
-    block_t = select["BLOCK_T"]
-    _soft_mask_fwd_threshold_kernel[(triton.cdiv(T, block_t), B * HK)](
+    _soft_mask_fwd_threshold_kernel[(triton.cdiv(T, select["threshold"]["BLOCK_T"]), B * HK)](
         fq, nq, fp, fs, layout.start, theta, above, below, *starts, T, N, HK, select["num_free"], *forced,
-        **pages, BLOCK_T=block_t, BLOCK_N=select["BLOCK_N"], num_warps=select["num_warps"],
+        **pages, **select["threshold"],
     )  # fmt: skip
-    block_t, block_s = meta["BLOCK_T"], meta["BLOCK_S"]
+    block_t, block_s, parts = (select["tiles"][name] for name in ("BLOCK_T", "BLOCK_S", "PARTS"))
+    # a page is scored once, and once per tile where it is larger than one
+    chunk = min(meta["PAGE_SIZE"], block_s)
     NQB, NKB = triton.cdiv(T, block_t), triton.cdiv(T, block_s)
     is_open = torch.zeros(B * HK, NQB, NKB, dtype=torch.uint8, device=device)
-    _soft_mask_fwd_tiles_kernel[(NQB, B * HK)](
+    _soft_mask_fwd_tiles_kernel[(triton.cdiv(NQB, parts), B * HK)](
         fq, nq, fp, fs, layout.start, theta, below, is_open, *starts, T, N, NQB, NKB, HK, *forced,
         meta["inv_temperature"], select["cut"],
-        **pages, BLOCK_T=block_t, BLOCK_S=block_s, CHUNK=meta["CHUNK"], BLOCK_C=select["BLOCK_C"], num_warps=4,
+        **pages, **select["tiles"], CHUNK=chunk, BLOCK_C=max(64, block_s // chunk),
     )  # fmt: skip
     return Thresholds(theta, above, below), is_open
