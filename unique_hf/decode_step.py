@@ -19,7 +19,7 @@ from .arena import Arena
 from .backend import adapter
 from .fused import fused
 from .graphs import RECORDERS
-from .lookahead import IDS, Lookahead, Started
+from .lookahead import Lookahead, Started
 
 # handled by the step itself: the cache is bound, padding has become `seq_starts`
 OWN = ("past_key_values", "attention_mask")
@@ -70,6 +70,7 @@ class DecodeStep:
         self.captures, self.seconds = 0, 0.0
         # steps that were under way when they were asked for, and steps that ran in vain
         self.early = self.vain = 0
+        self.guessable = False
         self.lookahead: Lookahead | None = None
         self._started: Started | None = None
         # whether launches may wait for what comes next, found out at the first run; and what the recording launches
@@ -216,22 +217,21 @@ class DecodeStep:
             outputs = self.recorder.warm(self._forward)
         self._check(log)
         self.defers = self.recorder.fuses and self._may_defer(outputs)
-        self.warmed_for = kind
+        self.guessable = Lookahead.suits(self.inputs, outputs[1])
+        self.warmed_for, self._kind = kind, outputs[0]
         return outputs
 
     def _record(self, key: tuple[Any, ...]) -> None:
-        self.replay = self.lookahead = None
+        self.replay = None
         begin = time.perf_counter()
         mode = self._mode() if self.defers else None
-        ahead = Lookahead(self.recorder, self.inputs) if IDS in self.inputs else None
+        ahead = self.lookahead = Lookahead(self.recorder, self.inputs) if self.guessable else None
 
         def step() -> tuple[type, dict[str, Any]]:
-            kind, fields = self._forward(mode)
-            self._kind = kind
-            if ahead is not None and ahead.suits(self.inputs, fields):
-                ahead.guess(fields)
-                self.lookahead = ahead
-            return kind, fields
+            outputs = self._forward(mode)
+            if ahead is not None:
+                ahead.guess(outputs[1])
+            return outputs
 
         with adapter().activity.probing(), self._fused(mode):
             self.replay = self.recorder.capture(step)
