@@ -35,7 +35,7 @@ from unique_hf.text import topics
 
 FORMS = ("scalar", "diagonal", "mean", "minmax", "absolute", "principal", "oracle")
 VOTES = ("mean", "max", "softmax_mean")
-WARM_ROWS = 16
+WARM_ROWS = 48  # launches depend on the number of rows
 
 
 def settings(preset: str) -> list[UniqueConfig]:

@@ -82,8 +82,8 @@ def test_two_levels_are_the_chain_of_their_parts(case, ratio, launches):
     assert torch.equal(page_ids, ids)
     parts = ops.sparse_decode(*(t[n] for n in "qkv"), ids, page_size=case.P, **common, impl="triton")
     assert (out - parts).abs().max() <= 8 * torch.finfo(case.dtype).eps * parts.abs().max()
-    if case.stats_dtype != "bf16" or DEVICE == "cuda":
-        # the interpreter truncates bf16
+    if case.stats_dtype != "bf16" and DEVICE == "cpu":
+        # the interpreter truncates bf16; GPUs round the query before integer products
         _, reference_ids = ops.unique_decode(
             *(t[n] for n in "qkv"), stats, config=config, super_stats=super_stats, **common, return_page_ids=True,
             impl="reference",

@@ -259,6 +259,8 @@ def prepare_group(
 ):  # fmt: skip
     """What the group of kv head `head` brings to every page: its average, or its first head where that will not do."""
     linear: tl.constexpr = VOTE == VOTE_MEAN and FORM != DIAGONAL
+    # compilers that embed this kernel pass Python floats as float64
+    scale = tl.full((), scale, tl.float32)
     return _prepare_head(
         q_ptr, stride_qh, stride_qd, head * G, scale, D, BD, C, BC, NG, G if linear else 1, KIND, FORM, DP4A
     )
@@ -277,6 +279,7 @@ def score_pages(
 
     A vote that needs the best score of each head first leaves the scores of each head in `raw`.
     """
+    weight = tl.full((), weight, tl.float32)
     physical = physical_page(table_ptr, stride_table, row, pages, inside, HAS_TABLE)
     offs_pc = physical * stride_cp
     offs_ps = physical * stride_sp

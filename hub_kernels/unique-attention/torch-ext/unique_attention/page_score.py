@@ -181,7 +181,7 @@ def _page_vote_fwd_kernel(
 # pages per block at head dim 128, warps, blocks per program where programs are many, depth of the loads' pipeline;
 # measured on an H200
 SCORE_LAUNCH = {
-    "fp32": (32, 4, 1, 1), "bf16": (32, 2, 4, 1), "fp8": (64, 1, 1, 1), "int8": (64, 1, 1, 1), "int4": (64, 1, 8, 1),
+    "fp32": (32, 4, 1, 1), "bf16": (16, 1, 8, 3), "fp8": (64, 1, 1, 1), "int8": (64, 1, 4, 3), "int4": (64, 1, 8, 1),
 }  # fmt: skip
 # codes that are unpacked to float32, for want of dp4a or of whole groups: more threads, or the vectors spill
 UNPACKED_LAUNCH = (32, 4, 1, 1)

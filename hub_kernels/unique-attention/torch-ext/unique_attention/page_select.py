@@ -21,7 +21,7 @@ LOWEST = tl.constexpr(-2147483648)
 # pages that are searched one by one; counts of them share 32 bits
 MAX_CANDIDATES = 16384
 # rows of at most this many pages are searched without groups
-MAX_SINGLE = 2048
+MAX_SINGLE = 1024
 
 
 @triton.jit

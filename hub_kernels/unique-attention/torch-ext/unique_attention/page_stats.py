@@ -14,7 +14,6 @@ from ._common import (
     FP32,
     INT8,
     KIND,
-    MEAN,
     MINMAX,
     ROUND,
     SCALAR,
@@ -144,7 +143,7 @@ def refresh_pages(
     physical = physical_page(table_ptr, stride_table, b, pages, mask_page, HAS_TABLE)
     dims = int4_dims(tl.arange(0, BC)[None, None, :], tl.arange(0, 2)[None, :, None], C)
     mask_dim = (tl.arange(0, BC)[None, None, :] < C) & (dims < D)
-    UNROLL: tl.constexpr = P if P < 8 else 8
+    UNROLL: tl.constexpr = min(P, 16 if NPG == 1 else 4)
     if WRITE:
         _write_tokens(
             k_ptr, k_new_ptr, v_ptr, v_new_ptr, physical, mask_page, pages, end, first_new,
@@ -158,36 +157,34 @@ def refresh_pages(
     else:
         first = tl.zeros((NPG, 2, BC), tl.float32)
         second = tl.zeros((NPG, 2, BC), tl.float32)
+    origin = tl.zeros((NPG, 2, BC), tl.float32)
     for t in tl.range(P, loop_unroll_factor=UNROLL):
         key, valid, seen = _read_token(
             k_ptr, k_new_ptr, mask_ptr, physical, stride_kp, stride_kt, stride_nt, pages * P + t, t, mask_page, dims,
             mask_dim, start, end, first_new, APPEND, HAS_MASK,
         )  # fmt: skip
-        count += valid.to(tl.float32)
         if FORM == MINMAX:
             first = tl.where(seen, tl.maximum(first, key), first)
             second = tl.where(seen, tl.minimum(second, key), second)
         else:
-            first += key
+            # sums of distances from the first token that counts: one pass, and exact where all tokens are equal
+            origin = tl.where((count == 0.0)[:, None, None], key, origin)
+            distance = tl.where(seen, key - origin, 0.0)
+            first += distance
+            second += distance * distance
+        count += valid.to(tl.float32)
     if FORM == MINMAX:
         first = tl.where(first == float("-inf"), 0.0, first)
         second = tl.where(second == float("inf"), 0.0, second)
     else:
         # divided, not multiplied by a reciprocal: the same numbers as the reference
         divisor = tl.broadcast_to(tl.maximum(count, 1.0)[:, None, None], (NPG, 2, BC))
-        first = tl.div_rn(first, divisor)
-        if FORM != MEAN:
-            for t in tl.range(P, loop_unroll_factor=UNROLL):
-                key, _, seen = _read_token(
-                    k_ptr, k_new_ptr, mask_ptr, physical, stride_kp, stride_kt, stride_nt, pages * P + t, t,
-                    mask_page, dims, mask_dim, start, end, first_new, APPEND, HAS_MASK,
-                )  # fmt: skip
-                deviation = tl.where(seen, key - first, 0.0)
-                second += deviation * deviation
-            variance = tl.div_rn(second, divisor)
-            second = tl.sqrt(variance)
-            if FORM == SCALAR:
-                total = tl.sqrt(tl.sum(tl.sum(variance, axis=2), axis=1))
+        shift = tl.div_rn(first, divisor)
+        variance = tl.maximum(tl.div_rn(second - first * shift, divisor), 0.0)
+        first = origin + shift
+        second = tl.sqrt(variance)
+        if FORM == SCALAR:
+            total = tl.sqrt(tl.sum(tl.sum(variance, axis=2), axis=1))
     offs_pc = physical * stride_cp
     offs_ps = physical * stride_sp
     _store_codes(first, codes_ptr, scales_ptr, offs_pc, offs_ps, mask_page, D, C, BC, NG, KIND)

@@ -29,6 +29,9 @@ def attend_pages(
 
     Returns the unnormalised output `[GP, BDV]`, the maximum logit (base 2) and the sum of exponentials `[GP]`.
     """
+    # compilers that embed this kernel pass Python floats as float64
+    scale = tl.full((), scale, tl.float32)
+    softcap = tl.full((), softcap, tl.float32)
     offs_g = tl.arange(0, GP)
     offs_d = tl.arange(0, BD)
     offs_v = tl.arange(0, BDV)
@@ -184,13 +187,14 @@ class Launch(NamedTuple):
     splits: int
 
 
-def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launch:
+def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int, levels: int = 1) -> Launch:
     """Launch settings for `rows` rows of `tokens` tokens whose keys (or values) take `row_bytes` each.
 
     Many rows fill the device alone; few are split until they do, at most once per tile. Measured on an H200.
     """
     if rows >= 2 * num_sms:
-        launch = Launch(32, 3, 4, 1)
+        # one stage goes to the page ids; the second level of a selection needs the registers of the others
+        launch = Launch(32, 5 if levels == 1 else 3, 4, 1)
     elif 3 * rows >= num_sms:
         launch = Launch(128, 1, 8, 2)
     else:

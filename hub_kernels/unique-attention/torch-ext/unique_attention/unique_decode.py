@@ -18,9 +18,9 @@ from .page_select import list_all, plan_selection, select_listed, select_row, wr
 from .page_stats import append_row, append_tokens, write_token
 from .sparse_decode import attend_pages, capacity_of, finish_row, launch_decode, plan_attention, row_bytes, split_of
 
-
-# pages that a warp scores at once inside the second launch; measured on an H200
+# pages that a warp scores at once inside the second launch, and the depth of that pipeline; measured on an H200
 PAGES_PER_WARP = 32
+SCORE_STAGES = 3
 
 
 @triton.jit
@@ -29,11 +29,11 @@ def _score_listed(
     stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
     row, head, first_page, last_page, num_pages, weight, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
-    KS: tl.constexpr, RATIO: tl.constexpr, BLOCK_N: tl.constexpr,
+    KS: tl.constexpr, RATIO: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
     """Eq. 2 and 3 for the pages of `KS` listed super-pages, in that order; `-inf` outside the given pages."""
-    for begin in tl.range(0, KS * RATIO, BLOCK_N):
+    for begin in tl.range(0, KS * RATIO, BLOCK_N, num_stages=STAGES):
         offs = begin + tl.arange(0, BLOCK_N)
         listed = tl.load(supers_ptr + offs // RATIO, mask=offs < KS * RATIO, other=-1)
         pages = listed * RATIO + offs % RATIO
@@ -45,6 +45,65 @@ def _score_listed(
             D, BD, C, BC, NG, G, KIND, FORM, VOTE, False, DP4A, NATIVE_FP8,
         )  # fmt: skip
         tl.store(scores_ptr + offs, scores, mask=offs < KS * RATIO)
+
+
+@triton.jit
+def _choose_pages(
+    qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr,
+    super_codes_ptr, super_scales_ptr, super_spread_ptr, table_ptr,
+    scores_ptr, peaks_ptr, groups_ptr, supers_ptr, listed_ptr, ids_ptr,
+    stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
+    stride_ucp, stride_ucv, stride_usp, stride_usv, stride_udp, stride_table,
+    row, head, first_page, last_page, first_pos, last_pos, num_pages, num_supers, weight, scale,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    KS: tl.constexpr, BLOCK_KS: tl.constexpr, FIRSTS: tl.constexpr, LASTS: tl.constexpr, RATIO: tl.constexpr,
+    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
+    HAS_TABLE: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr, SCORE: tl.constexpr,
+):  # fmt: skip
+    """Eq. 4 for a row of more than `K` pages: positions `first_pos .. last_pos - 1` of the page ids.
+
+    With `RATIO` > 1 the scores are those of super-pages, and the pages of the best ones are scored and compete. With
+    `SCORE` the scores are computed first. The pointers are the row's.
+    """
+    first_super = first_page // RATIO
+    last_super = tl.cdiv(last_page, RATIO)
+    if SCORE:
+        score_blocks(
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, super_codes_ptr, super_scales_ptr, super_spread_ptr,
+            scores_ptr, peaks_ptr, table_ptr,
+            stride_qh, stride_qd, stride_ucp, stride_ucv, stride_usp, stride_usv, stride_udp, 0, stride_table,
+            row, head, first_super // BLOCK_N * BLOCK_N, last_super, first_super, last_super, num_supers,
+            weight, scale,
+            D, BD, C, BC, NG, G, FIRSTS, LASTS, GS, BLOCK_N, STAGES, KIND, FORM, VOTE, HAS_TABLE, DP4A, NATIVE_FP8,
+        )  # fmt: skip
+        tl.debug_barrier()
+    if RATIO == 1:
+        select_row(
+            scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page, first_pos, last_pos,
+            K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE,
+        )  # fmt: skip
+    else:
+        if last_super - first_super <= KS:
+            list_all(supers_ptr, first_super, last_super - first_super, KS, BLOCK_KS)
+        else:
+            select_row(
+                scores_ptr, peaks_ptr, supers_ptr, groups_ptr, first_super, last_super, 0, KS,
+                KS, BLOCK_KS, FIRSTS, LASTS, GS, GROUPS, TILE, SINGLE,
+            )  # fmt: skip
+        tl.debug_barrier()
+        _score_listed(
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr, supers_ptr, listed_ptr,
+            stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
+            row, head, first_page + SINK, last_page - RECENT, num_pages, weight, scale,
+            D, BD, C, BC, NG, G, KS, RATIO, BLOCK_N, STAGES, KIND, FORM, VOTE, DP4A, NATIVE_FP8,
+        )  # fmt: skip
+        tl.debug_barrier()
+        select_listed(
+            listed_ptr, supers_ptr, ids_ptr, first_page, last_page, first_pos, last_pos,
+            K, BLOCK_K, SINK, RECENT, KS, RATIO, BLOCK_KS * RATIO,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[
@@ -70,8 +129,9 @@ def _unique_decode_fwd_kernel(
     KS: tl.constexpr, BLOCK_KS: tl.constexpr, FIRSTS: tl.constexpr, LASTS: tl.constexpr, RATIO: tl.constexpr,
     GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_T: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
+    SCORE_STAGES: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr,
+    NATIVE_FP8: tl.constexpr, HAS_LENS: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, APPEND: tl.constexpr, SCORE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4 and 5. Program `(split, kv head, row)` selects, and attends to its slice of the selected pages.
@@ -137,10 +197,9 @@ def _unique_decode_fwd_kernel(
                 table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt, pid_b, length - 1,
                 P, D, DV, BD, BDV, HAS_TABLE,
             )  # fmt: skip
-    if RATIO > 1 or SCORE:
-        qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
-            row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
-        )
+    qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
+        row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
+    )
     if PDL:
         tl.extra.cuda.gdc_wait()
     if dense:
@@ -148,47 +207,17 @@ def _unique_decode_fwd_kernel(
             list_all(row_ids, first_page, count, K, BLOCK_K)
     else:
         part = row * SPLITS + split
-        first_super = first_page // RATIO
-        last_super = tl.cdiv(last_page, RATIO)
-        row_scores = scores_ptr + (part if SCORE else row) * num_supers
-        row_peaks = peaks_ptr + (part if SCORE else row) * num_peaks
-        if SCORE:
-            score_blocks(
-                qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, row_uc, row_us, row_ud, row_scores, row_peaks, table_ptr,
-                stride_qh, stride_qd, stride_ucp, stride_ucv, stride_usp, stride_usv, stride_udp, 0, stride_table,
-                pid_b, pid_h, first_super // BLOCK_N * BLOCK_N, last_super, first_super, last_super, num_supers,
-                weight, scale,
-                D, BD, C, BC, NG, G, FIRSTS, LASTS, GS, BLOCK_N, 1, KIND, FORM, VOTE, HAS_TABLE, DP4A, NATIVE_FP8,
-            )  # fmt: skip
-            tl.debug_barrier()
-        row_groups = groups_ptr + part * GROUPS
-        if RATIO == 1:
-            select_row(
-                row_scores, row_peaks, row_ids, row_groups, first_page, last_page, first_pos, last_pos,
-                K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE,
-            )  # fmt: skip
-        else:
-            row_supers = supers_ptr + part * KS
-            row_listed = listed_ptr + part * KS * RATIO
-            if last_super - first_super <= KS:
-                list_all(row_supers, first_super, last_super - first_super, KS, BLOCK_KS)
-            else:
-                select_row(
-                    row_scores, row_peaks, row_supers, row_groups, first_super, last_super, 0, KS,
-                    KS, BLOCK_KS, FIRSTS, LASTS, GS, GROUPS, TILE, SINGLE,
-                )  # fmt: skip
-            tl.debug_barrier()
-            _score_listed(
-                qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, row_c, row_s, row_d, row_supers, row_listed,
-                stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
-                pid_b, pid_h, first_page + SINK, last_page - RECENT, num_pages, weight, scale,
-                D, BD, C, BC, NG, G, KS, RATIO, BLOCK_N, KIND, FORM, VOTE, DP4A, NATIVE_FP8,
-            )  # fmt: skip
-            tl.debug_barrier()
-            select_listed(
-                row_listed, row_supers, row_ids, first_page, last_page, first_pos, last_pos,
-                K, BLOCK_K, SINK, RECENT, KS, RATIO, BLOCK_KS * RATIO,
-            )  # fmt: skip
+        scored_in = part if SCORE else row
+        _choose_pages(
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, row_c, row_s, row_d, row_uc, row_us, row_ud, table_ptr,
+            scores_ptr + scored_in * num_supers, peaks_ptr + scored_in * num_peaks, groups_ptr + part * GROUPS,
+            supers_ptr + part * KS, listed_ptr + part * KS * RATIO, row_ids,
+            stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
+            stride_ucp, stride_ucv, stride_usp, stride_usv, stride_udp, stride_table,
+            pid_b, pid_h, first_page, last_page, first_pos, last_pos, num_pages, num_supers, weight, scale,
+            D, BD, C, BC, NG, G, K, BLOCK_K, SINK, RECENT, KS, BLOCK_KS, FIRSTS, LASTS, RATIO, GS, GROUPS, TILE,
+            SINGLE, BLOCK_N, SCORE_STAGES, KIND, FORM, VOTE, HAS_TABLE, DP4A, NATIVE_FP8, SCORE,
+        )  # fmt: skip
     tl.debug_barrier()
     acc, m_i, l_i = attend_pages(
         row_q, stride_qh, stride_qd, row_k, row_v, row_ids, row_mask, table_ptr, stride_table,
@@ -247,7 +276,8 @@ def unique_decode(
     naming = {"score": config.score, "stats_dtype": config.stats_dtype}
     scoring = plan_scoring(q, scored, num_scored, group_reduce=config.group_reduce, **naming)
     selection = plan_selection(num_scored, level.num_kept - level.sink_pages - level.recent_pages)
-    launch = launch_decode(rows, min(dense_pages, num_pages) * page_size, row_bytes(k, v), target.num_sms)
+    tokens, levels = min(dense_pages, num_pages) * page_size, 1 if upper is None else 2
+    launch = launch_decode(rows, tokens, row_bytes(k, v), target.num_sms, levels)
     lengths = {"seq_lens": seq_lens, "seq_starts": seq_starts}
     stored = {"page_size": page_size, "page_table": page_table}
     alone = not scoring.per_head and scores_at_once(rows, launch.splits, num_scored, target.num_sms)
@@ -281,6 +311,9 @@ def unique_decode(
     tensors, strides = stats_arguments(stats, config.stats_dtype, page_table is not None)
     super_tensors, super_strides = stats_arguments(scored, config.stats_dtype, page_table is not None)
     append = alone and new is not None
+    # copies ahead pay where few programs share a multiprocessor, and fit where page vectors are short
+    narrow = stats.codes.shape[-1] * stats.codes.element_size() <= 128
+    stages = SCORE_STAGES if narrow and rows < 2 * target.num_sms else 1
     new_strides = (*new[0].stride()[:2], *new[1].stride()[:2]) if append else (0, 0, 0, 0)
     _unique_decode_fwd_kernel[(launch.splits + append, num_kv_heads, batch)](
         *call.tensors, *(new if append else (None, None)), *tensors, *super_tensors, *scratch, page_ids,
@@ -291,7 +324,7 @@ def unique_decode(
         SINK=config.sink_pages, RECENT=config.recent_pages,
         KS=level.num_kept, BLOCK_KS=triton.next_power_of_2(level.num_kept), FIRSTS=forced[0], LASTS=forced[1],
         RATIO=ratio, GS=selection.group_size, GROUPS=selection.groups, TILE=selection.tile, SINGLE=selection.single,
-        BLOCK_N=launch.num_warps * PAGES_PER_WARP, **(scoring.constants | call.constants),
+        BLOCK_N=launch.num_warps * PAGES_PER_WARP, SCORE_STAGES=stages, **(scoring.constants | call.constants),
         APPEND=append, SCORE=alone, PDL=pdl, num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
