@@ -1,8 +1,9 @@
 """Buffers of a whole cache in few large blocks, which a later call can get at the same addresses. Imports torch.
 
 torch keeps freed blocks and gives them out again where the size fits. So a captured step needs no memory held for it
-between calls: a call asks for blocks of the same sizes, puts each in its old place, and compares addresses. Blocks are
-large because torch cuts small ones from shared segments, where they rarely come back.
+between calls: a call asks for blocks of the same sizes, puts each in its old place, and compares addresses. Blocks
+come back only where nothing else is cut from them. So they are large and fill whole segments, and they are asked for on
+the stream of the step: torch keeps what was freed apart by stream, and the prompt would take it otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 BLOCK_BYTES = 32 << 20
 # from 10 MiB on torch asks the device for a segment per block
 LEAST_BYTES = 12 << 20
+# and sizes that are a multiple of this fill a segment
+SEGMENT_BYTES = 2 << 20
 ALIGN_BYTES = 512
 # a filled cache is moved into blocks only where they take at most one part in FREE_SHARE of the free memory
 FREE_SHARE = 2
@@ -53,10 +56,11 @@ class Arena:
     Args:
         layers (`Sequence`): Layers that were read; their shapes and dtypes are taken.
         capacity (`int`): Slots to provide, whole pages.
+        stream (`torch.cuda.Stream`, *optional*): The stream of the step.
     """
 
-    def __init__(self, layers: Sequence[Any], capacity: int):
-        self.capacity = capacity
+    def __init__(self, layers: Sequence[Any], capacity: int, stream: Any = None):
+        self.capacity, self.stream = capacity, stream
         self.device = layers[0].keys.device
         self.settings = layers[0].index.settings
         self.slot_bytes = slot_bytes(layers)
@@ -69,7 +73,7 @@ class Arena:
                 self._sizes.append(0)
             self._places.append((len(self._sizes) - 1, self._sizes[-1]))
             self._sizes[-1] += sum(spec.bytes for spec in specs if spec is not None)
-        self._sizes = [max(size, LEAST_BYTES) for size in self._sizes]
+        self._sizes = [-(-max(size, LEAST_BYTES) // SEGMENT_BYTES) * SEGMENT_BYTES for size in self._sizes]
         self._addresses = [0] * len(self._sizes)
 
     @property
@@ -94,6 +98,9 @@ class Arena:
         Args:
             layers (`Sequence`): As many empty layers.
         """
+        if self.stream is not None:
+            # blocks count as free once the work that read them is done
+            torch.cuda.current_stream(self.device).synchronize()
         pool = [self._block(size) for size in self._sizes]
         chosen: list[torch.Tensor | None] = []
         for size, address in zip(self._sizes, self._addresses):
@@ -108,7 +115,14 @@ class Arena:
 
     def _block(self, size: int) -> torch.Tensor:
         with torch.inference_mode(False):
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
+            if self.stream is None:
+                return torch.empty(size, dtype=torch.uint8, device=self.device)
+            current = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(self.stream):
+                block = torch.empty(size, dtype=torch.uint8, device=self.device)
+        block.record_stream(current)
+        current.wait_stream(self.stream)
+        return block
 
     def _hand_out(self, layers: Sequence[Any], index: int, block: torch.Tensor) -> None:
         for layer, specs, (home, offset) in zip(layers, self._layers, self._places):

@@ -210,11 +210,12 @@ class Call:
         capacity = min(0 if pair is None else pair[0].shape[2] for pair in (layer.buffers() for layer in layers))
         enough = capacity >= self.length + min(self.new_tokens, MIN_SPARE) + 1
         if not enough or not in_blocks(layers):
-            arena = Arena(layers, self._wanted(self.length, slot_bytes(layers)))
-            if arena.bytes <= free_bytes(self.model.device) // FREE_SHARE:
+            arena = Arena(layers, self._wanted(self.length, slot_bytes(layers)), step.recorder.stream)
+            fits = arena.bytes <= free_bytes(self.model.device) // FREE_SHARE
+            if fits:
                 arena.move(layers)
                 step.arena = arena
-            if not enough:
+            if fits or not enough:
                 capacity = arena.capacity
         self.capacity = step.bind(self.model, self.cache, self.length, capacity, self._starts, state)
 

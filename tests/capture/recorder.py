@@ -56,6 +56,7 @@ class Replayed:
 
     log = []
     fuses = False
+    stream = None
 
     def __init__(self, device):
         self.device = device

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from tests.capture.recorder import recording_on_cpu
 from tests.capture.test_generate import model_with
 from tests.integration.tiny import batch
-from unique_hf import arena
+from unique_hf import UniqueCache, arena, capture
 from unique_hf.arena import Arena, in_blocks, slot_bytes
 
 
@@ -32,6 +32,7 @@ def contents(cache):
 def test_moving_changes_nothing_but_the_place(filled, block, monkeypatch):
     monkeypatch.setattr(arena, "BLOCK_BYTES", block)
     monkeypatch.setattr(arena, "LEAST_BYTES", 0)
+    monkeypatch.setattr(arena, "SEGMENT_BYTES", 1)
     model, cache = filled
     before = contents(cache)
     assert not in_blocks(cache.layers)
@@ -75,6 +76,22 @@ def test_a_later_cache_gets_the_same_addresses_in_whatever_order_they_come(fille
             model(**batch(), past_key_values=other)
         assert [layer.buffers()[0].data_ptr() for layer in other.layers] == first
         assert all(torch.equal(a, b) for a, b in zip(expected, contents(other)))
+
+
+@pytest.mark.parametrize("least", [0, 5 << 20])
+def test_blocks_are_whole_segments(filled, least, monkeypatch):
+    monkeypatch.setattr(arena, "LEAST_BYTES", least)
+    sizes = Arena(filled[1].layers, 128)._sizes
+    assert sizes and all(size % (2 << 20) == 0 and size >= least for size in sizes)
+
+
+def test_layers_with_room_of_their_own_move_into_blocks_and_stay_there():
+    model = model_with()
+    cache = UniqueCache(config=model.config)
+    with recording_on_cpu():
+        model.generate(**batch(padding=(0, 0)), past_key_values=cache, max_new_tokens=6, do_sample=False)
+        (step,) = capture._STEPS[model]
+    assert in_blocks(cache.layers) and cache.layers[0].buffers()[0].shape[2] == step.arena.capacity
 
 
 def test_buffers_for_another_batch_are_not_used(filled):

@@ -101,10 +101,11 @@ def test_sampling_starts_nothing_ahead(recorder):
 @RECORDERS
 def test_processors_that_choose_other_tokens_end_it(recorder):
     model, inputs = model_with(), batch()
-    rare, often = (
-        compare(model, lambda n=n: everything(model, inputs, logits_processor=LogitsProcessorList([Every(n)])), recorder)
-        for n in (10, 2)
-    )
+
+    def steered(n):
+        return everything(model, inputs, logits_processor=LogitsProcessorList([Every(n)]))
+
+    rare, often = (compare(model, lambda n=n: steered(n), recorder) for n in (10, 2))
     assert rare.early > rare.vain > 0
     assert 1 <= often.vain <= 4 and often.early <= 4, "two rows may err three times"
     more = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "logits_processor": LogitsProcessorList([Steady()])}
