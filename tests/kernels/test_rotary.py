@@ -19,8 +19,8 @@ def test_equals_the_function_of_transformers(dtype, shape, rows, poisoned_memory
     k = torch.randn(batch, tokens, kv_heads, dim, device=DEVICE).to(dtype).transpose(1, 2)
     angle = torch.randn(rows, tokens, dim // 2, device=DEVICE).repeat(1, 1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    # the interpreter cuts bf16 off where devices round
-    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2 if DEVICE == "cpu" else 0.0}[dtype]
+    # devices round where torch does; the interpreter cuts bf16 off
+    tolerance = 4e-2 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0.0
     for found, expected in zip(rotary(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin)):
         assert found.dtype == dtype and found.is_contiguous()
         assert (found.float() - expected.float()).abs().max() <= tolerance

@@ -103,10 +103,11 @@ def rotary(
     q_out, k_out = (x.new_empty(x.shape) for x in (q, k))
     shared = [0 if x.shape[0] == 1 else x.stride(0) for x in (cos, sin)]
     pdl = target_of(q.device).dependent_launch
+    # a fused multiply-add would leave a product unrounded
     _rotary_fwd_kernel[(heads + kv_heads, tokens, batch)](
         q, k, cos, sin, *(norms or (None, None)), q_out, k_out, *q.stride()[:3], *k.stride()[:3],
         shared[0], cos.stride(1), shared[1], sin.stride(1), tokens, *eps,
         H=heads, HK=kv_heads, D=dim, BLOCK=triton.next_power_of_2(dim // 2), HAS_NORMS=norms is not None, PDL=pdl,
-        num_warps=1, **({"launch_pdl": True} if pdl else {}),
+        num_warps=1, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return q_out, k_out
