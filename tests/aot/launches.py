@@ -23,7 +23,9 @@ _POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int8: "*i8",
     torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "launch_cooperative_grid", "maxnreg", "enable_fp_fusion")
+OPTIONS = (
+    "num_warps", "num_stages", "num_ctas", "launch_pdl", "launch_cooperative_grid", "maxnreg", "enable_fp_fusion",
+)  # fmt: skip
 
 
 class Recorder:
