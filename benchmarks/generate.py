@@ -81,7 +81,8 @@ def decode_row(name: str, model: Any, cache: DynamicCache, context: int, setting
         # before the call, after the prompt, the eager step, the recording, and in all
         "peaks_over_weights_and_kv_mib": over if peak() else None,
         "fused_launches": dict(step.launches) if step is not None else None,
-        "captured_steps": tally.steps, "eager_because": dict(tally.eager),
+        "captured_steps": tally.steps, "begun_ahead": tally.early, "in_vain": tally.vain,
+        "eager_because": dict(tally.eager),
     }  # fmt: skip
 
 
