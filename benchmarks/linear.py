@@ -1,7 +1,7 @@
 """Linear layers of a decode step, our kernel against cuBLAS: microseconds and share of the memory bandwidth.
 
-`python -m benchmarks.linear` on a CUDA device prints a table; `--sweep` tries other tiles per shape, for the launch
-table in `skinny_linear.py`. Weights are many and larger than the cache together, as in a model.
+`python -m benchmarks.linear` on a CUDA device prints a table; `--sweep` tries other tiles per shape and prints entries
+for `MEASURED` in `skinny_linear.py`. Weights are many and larger than the cache together, as in a model.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ ROWS = (1, 6, 8, 16)
 BYTES = 400 << 20
 # of reads, in a decode kernel of an H200
 BANDWIDTH = 4.4e12
+# a smaller gain over the rule is not worth an entry
+GAIN = 1.02
 
 
 def calls(rows: int, depth: int, sizes: tuple[int, ...], gated: bool, device: str) -> tuple[list, list, int]:
@@ -64,12 +66,37 @@ def tiles(rows: int, depth: int) -> list[LinearLaunch]:
     return [LinearLaunch(*x) for x in found if x[2] <= depth and 2 * (x[1] + x[0]) * x[2] * x[3] <= 160 << 10]
 
 
+def entries(key: tuple[int, int, int, bool], times: dict[int, dict[LinearLaunch, float]]) -> list[str]:
+    """Lines for the table: for a single row, and for more where other tiles beat the rule on all of them together.
+
+    Args:
+        key (`tuple`): Multiprocessors, outputs, inputs, gated.
+        times (`dict`): By rows, the microseconds of each launch; the first one is the rule's.
+    """
+    num_sms, columns, depth, gated = key
+    lines = []
+    for kind in (1, module.MAX_ROWS):
+        runs = [found for rows, found in times.items() if (rows == 1) == (kind == 1)]
+        tried = [plan for plan in (runs[0] if runs else ()) if all(plan in found for found in runs)]
+        if not tried:
+            continue
+        ruled = sum(next(iter(found.values())) for found in runs)
+        best = min(tried, key=lambda plan: sum(found[plan] for found in runs))
+        total = sum(found[best] for found in runs)
+        if ruled >= GAIN * total:
+            tiles = ", ".join(map(str, best))
+            place = (num_sms, kind, columns, depth, gated)
+            lines.append(f"    {place}: LinearLaunch({tiles}),  # {ruled:.1f} -> {total:.1f} us")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="try other tiles")
     parser.add_argument("--only", default="", help="shapes whose name holds this")
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     args = parser.parse_args()
+    times: dict[tuple, dict[int, dict[LinearLaunch, float]]] = {}
     for (name, (depth, sizes, gated)), rows in itertools.product(SHAPES.items(), args.rows):
         if args.only not in name:
             continue
@@ -91,6 +118,9 @@ def main():
             f"({floor / cublas:4.0%}) best {best[0]:7.2f} us ({floor / best[0]:4.0%}) {tuple(best[1])}",
             flush=True,
         )
+        times.setdefault((num_sms, columns, depth, gated), {})[rows] = {plan: time for time, plan in found}
+    if args.sweep:
+        print("\n".join(line for key, found in times.items() for line in entries(key, found)))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from benchmarks.linear import entries
 from tests.kernels.cases import DEVICE
+from unique_attention import skinny_linear as module
 from unique_attention.rotary import rotary
-from unique_attention.skinny_linear import plan_linear, rms_norm, skinny_linear
+from unique_attention.skinny_linear import LinearLaunch, plan_linear, rms_norm, skinny_linear
 
 pytestmark = [] if DEVICE == "cpu" else [pytest.mark.gpu]
 # the interpreter gets tl.dot wrong in bf16
@@ -113,6 +115,16 @@ def test_tiles_are_powers_of_two_that_fit(rows, depth):
             plan = plan_linear(rows, columns, depth, gated, 132)
             assert plan.block_m >= rows and plan.block_k >= 16 and plan.block_k & (plan.block_k - 1) == 0
             assert plan.block_k < 2 * max(depth, 16)
+
+
+def test_measured_tiles_come_first(monkeypatch):
+    best, other = LinearLaunch(1, 16, 64, 1, 4), LinearLaunch(16, 16, 64, 3, 2)
+    times = {1: {plan_linear(1, 80, 64, False, 7): 3.0, best: 2.0}, 2: {other: 1.0}, 8: {other: 1.0}}
+    lines = entries((7, 80, 64, False), times)
+    assert lines == ["    (7, 1, 80, 64, False): LinearLaunch(1, 16, 64, 1, 4),  # 3.0 -> 2.0 us"]
+    monkeypatch.setitem(module.MEASURED, (7, 1, 80, 64, False), best)
+    assert plan_linear(1, 80, 64, False, 7) == best != plan_linear(1, 80, 64, False, 8)
+    assert plan_linear(2, 80, 64, False, 7) != best
 
 
 def test_refuses_what_does_not_fit():

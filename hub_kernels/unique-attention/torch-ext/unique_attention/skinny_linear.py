@@ -133,8 +133,16 @@ class LinearLaunch(NamedTuple):
     num_warps: int
 
 
+# where `benchmarks.linear --sweep` found better tiles than the rule below, which prints entries for this table:
+# multiprocessors, rows (1, or 16 for any more), outputs, inputs, gated
+MEASURED: dict[tuple[int, int, int, int, bool], LinearLaunch] = {}
+
+
 def plan_linear(rows: int, columns: int, depth: int, gated: bool, num_sms: int) -> LinearLaunch:
     """Tiles for `rows` tokens, `columns` outputs of all weights together and `depth` inputs."""
+    measured = MEASURED.get((num_sms, 1 if rows == 1 else MAX_ROWS, columns, depth, gated))
+    if measured is not None:
+        return measured
     if rows == 1:
         # four programs per multiprocessor keep its reads in flight
         block_n = next((b for b in (8, 4) if columns >= 4 * num_sms * b and not (gated and b == 8)), 2)
