@@ -283,40 +283,30 @@ def plan(which: str) -> list[tuple[Shape, list[UniqueConfig]]]:
     if which == "smoke":
         tiny = Shape(2, 256, heads=4, kv_heads=2, head_dim=64, dtype=torch.float32)
         return [(tiny, settings((4, "int4"), (8, "fp8"), (4, "int4", 16, 128), budget=64))]
-    levers = [
-        (8, "bf16"),
-        (8, "int8"),
-        (8, "int4"),
-        (4, "fp8"),
-        (4, "int8"),
-        (4, "int4"),
-        (16, "fp8"),
-        (16, "int8"),
-        (16, "int4"),
-    ]
-    many = [(8, "int8"), (8, "int4"), (4, "int4"), (16, "fp8"), (16, "int8"), (16, "int4")]
-    single = [(4, "int4"), (8, "int4"), (16, "bf16"), (16, "int8"), (16, "int4")]
+    levers = [(8, "bf16"), (8, "int8"), (8, "int4"), (4, "int8"), (4, "int4"), (16, "fp8"), (16, "int8"), (16, "int4")]
+    many = [(8, "int4"), (4, "int4"), (16, "fp8"), (16, "int8")]
+    single = [(4, "int4"), (16, "bf16"), (16, "int8"), (16, "int4")]
     # page size, super-page size and tokens of the first level, in int4
     two = {
-        (80, 32768): ((4, 16, 1024), (4, 16, 2048), (4, 32, 2048), (4, 32, 4096), (8, 32, 2048), (8, 64, 2048)),
-        (16, 131072): ((4, 32, 2048), (4, 64, 4096), (8, 64, 2048)),
-        (1, 131072): ((4, 64, 4096), (4, 32, 2048)),
-        (1, 32768): ((4, 32, 2048), (4, 16, 1024)),
-        (1, 1048576): ((4, 64, 4096), (4, 128, 8192), (8, 128, 4096)),
+        (80, 32768): ((4, 16, 2048), (4, 16, 4096), (4, 32, 2048), (4, 32, 4096), (8, 32, 2048)),
+        (16, 131072): ((4, 16, 2048), (4, 16, 4096), (4, 32, 2048), (4, 32, 4096), (8, 32, 2048)),
+        (1, 131072): ((4, 32, 2048), (4, 32, 4096), (4, 64, 4096)),
+        (1, 32768): ((4, 32, 2048), (4, 32, 4096)),
+        (1, 1048576): ((4, 64, 4096), (4, 128, 8192), (8, 64, 4096)),
     }
     one = {
         (80, 32768): levers,
         (16, 131072): many,
         (1, 131072): single,
         (1, 32768): single,
-        (1, 1048576): [(16, "int4"), (16, "int8"), (32, "int4")],
+        (1, 1048576): [(16, "int4"), (32, "int4")],
     }
     cases = [
         (Shape(*case), settings(*forms, *((p, "int4", size, tokens) for p, size, tokens in two[case])))
         for case, forms in one.items()
     ]
     for batch in (1, 8):
-        cases += [(Shape(batch, n), settings((4, "int4"), (16, "int8"))) for n in (256, 1024, 2048, 4096, 8192)]
+        cases += [(Shape(batch, n), settings((4, "int4"))) for n in (256, 1024, 2048, 4096, 8192)]
     if which == "full":
         cases += [(Shape(16, 32768, head_dim=d), settings((4, "int4"), (8, "int8"))) for d in (64, 256)]
         cases += [(Shape(16, 32768, heads=8 * g), settings((4, "int4"))) for g in (1, 7, 8, 16)]

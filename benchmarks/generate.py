@@ -36,15 +36,20 @@ STORED = {
     ("8B", 1, 32768): 6.32, ("8B", 16, 32768): 23.1, ("8B", 1, 131072): 9.80, ("8B", 6, 131072): 41.7,
     ("0.6B", 1, 32768): 2.58, ("0.6B", 1, 131072): 5.22, ("0.6B", 8, 131072): 29.1, ("0.6B", 32, 32768): 29.0,
 }  # fmt: skip
-SETTINGS = {"default": UniqueConfig(), "budget 512": UniqueConfig(budget=512)}
+SETTINGS = {
+    "default": UniqueConfig(),
+    "budget 512": UniqueConfig(budget=512),
+    "two levels": UniqueConfig(budget=512, super_page_size=16, super_budget=4096),
+}
+SHOWN = ("page_size", "stats_dtype", "budget", "super_page_size", "super_budget")
 STEPS = 128
 
 
 def accuracy_of(settings: UniqueConfig) -> float | None:
     """Needle accuracy of these settings as stored by `benchmarks.quality`, or `None`."""
-    names = ("page_size", "stats_dtype", "score", "group_reduce", "budget")
+    names = (*SHOWN, "score", "group_reduce")
     for row in json.loads((RESULTS / "quality.json").read_text())["rows"]:
-        if all(row[name] == getattr(settings, name) for name in names):
+        if all(row.get(name) == getattr(settings, name) for name in names):
             return row["accuracy"]
     return None
 
@@ -71,7 +76,7 @@ def decode_row(name: str, model: Any, cache: DynamicCache, context: int, setting
     over = [round((most - bare) / 2**20) for most in (begin, *clock.peaks[1:4], peak())]
     return {
         "kind": "decode", "model": name, "batch": batch, "context": context, "prefill": "synthetic",
-        "settings": setting, **{k: getattr(SETTINGS[setting], k) for k in ("page_size", "stats_dtype", "budget")},
+        "settings": setting, **{k: getattr(SETTINGS[setting], k) for k in SHOWN},
         "needle_accuracy_stored": accuracy_of(SETTINGS[setting]), "ms": round(ms, 3),
         "ms_median": round(statistics.median(steps[4:]), 3), "replay_ms": graph and round(graph, 3),
         "vllm_dense_ms_stored": stored, "x_vllm_stored": stored and round(stored / ms, 2),
