@@ -2,8 +2,8 @@
 
 torch keeps freed blocks and gives them out again where the size fits. So a captured step needs no memory held for it
 between calls: a call asks for blocks of the same sizes, puts each in its old place, and compares addresses. Blocks
-come back only where nothing else is cut from them. So they are large and fill whole segments, and they are asked for on
-the stream of the step: torch keeps what was freed apart by stream, and the prompt would take it otherwise.
+come back only where nothing else is cut from them. So they are large and fill whole segments, and are asked for on the
+stream of the step: torch keeps what was freed apart by stream, and the prompt would take it otherwise.
 """
 
 from __future__ import annotations
