@@ -44,6 +44,7 @@ class Launch(NamedTuple):
     dq: Tile
     dkv: Tile
     step_rows: int  # rows that dk and dv take at a time
+    products_first: bool = False  # dk and dv take both products before the exponentials
     threshold: tuple[int, int, int] = (128, 32, 8)  # queries, pages at a time, num_warps
 
 
@@ -54,12 +55,12 @@ LAUNCH = {
     (256, 2): Launch(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), 32),
     (64, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 32),
     (128, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 16),
-    (256, 4): Launch(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), 16, (64, 32, 4)),
+    (256, 4): Launch(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), 16, threshold=(64, 32, 4)),
 }
 # where a program has less shared memory than on Hopper
 LAUNCH_SMALL = LAUNCH | {(128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), 32)}
 # small tiles, so that small tests see many of them, of another shape in every kernel
-LAUNCH_INTERPRETER = Launch(Tile(32, 32, 1, 1), Tile(32, 16, 1, 1), Tile(64, 32, 1, 1), 16, (16, 16, 1))
+LAUNCH_INTERPRETER = Launch(Tile(32, 32, 1, 1), Tile(32, 16, 1, 1), Tile(64, 32, 1, 1), 16, threshold=(16, 16, 1))
 MAX_GROUP = 16
 MIN_BLOCK_T = 4
 
@@ -264,6 +265,8 @@ def _plan(q, k, v, layout: Layout, settings: Settings) -> Plan:
 
     fwd, dq, dkv = tile(*launch.fwd, 3), tile(*launch.dq, 2), tile(*launch.dkv, 1)
     dkv["STEP_T"] = min(dkv["BLOCK_T"], max(MIN_BLOCK_T, launch.step_rows // group_pow2))
+    dkv["PRODUCTS_FIRST"] = launch.products_first
+    meta["ROUND_T"] = max(x["BLOCK_T"] for x in (fwd, dq, dkv))
     # one map of open tiles serves all three: its tiles are the smallest of theirs
     block_t, block_s = (min(x[name] for x in (fwd, dq, dkv)) for name in ("BLOCK_T", "BLOCK_S"))
     queries, pages, num_warps = launch.threshold
@@ -293,7 +296,7 @@ class _SoftMaskAttention(torch.autograd.Function):
         thresholds, is_open = select_tiles(*feats, layout, plan.meta, plan.select, settings.threshold_grad)
         # [B, T, H, DV] in memory: that is where the model wants it next
         out = torch.empty(B, T, H, v.shape[-1], dtype=q.dtype, device=q.device).transpose(1, 2)
-        lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+        lse = _per_row(B, HK, T, plan, q.device)
         valid = lse if layout.valid is None else layout.valid
         lists, counts = open_lists(is_open, T, plan.select["tiles"], plan.fwd, by_keys=False)
         NQB, NKB = lists.shape[1:]
@@ -316,7 +319,8 @@ class _SoftMaskAttention(torch.autograd.Function):
         feats = features(q, k, **form, valid=valid)
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         (B, HK, T, _), N = k.shape, feats.fp.shape[2]
-        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        delta = _per_row(B, HK, T, plan, q.device)
         dtheta = torch.empty_like(theta) if ctx.threshold_grad else theta
         dfq, dnq = torch.empty_like(feats.fq, dtype=q.dtype), torch.empty_like(feats.nq)
         mask = lse if valid is None else valid
@@ -347,9 +351,21 @@ class _SoftMaskAttention(torch.autograd.Function):
         dsinks = None
         if sinks is not None:
             # d loss / d sink_h = -sum p_sink delta, with p_sink = exp(sink - lse)
-            p_sink = torch.exp2(sinks.float()[None, :, None] * math.log2(math.e) - lse)
-            dsinks = -(p_sink * delta).sum((0, 2)).to(sinks.dtype)
+            group = plan.meta["GROUP"]
+            lse, delta = (x[:, :, :T, :group] for x in (lse, delta))
+            p_sink = torch.exp2(sinks.float().view(HK, 1, group) * math.log2(math.e) - lse)
+            dsinks = -(p_sink * delta).sum((0, 2)).flatten().to(sinks.dtype)
         return dq, dk, dv, dsinks, None, None
+
+
+def _per_row(B: int, HK: int, T: int, plan: Plan, device: torch.device) -> torch.Tensor:
+    """A number per row of the tiles, `[B, HK, T rounded up, GROUP_POW2]`; 0 past the end, where nobody writes."""
+    round_t = plan.meta["ROUND_T"]
+    rows = torch.empty(
+        B, HK, triton.cdiv(T, round_t) * round_t, plan.meta["GROUP_POW2"], dtype=torch.float32, device=device
+    )
+    rows[:, :, T:] = 0.0
+    return rows
 
 
 def _sum_tiles(x: torch.Tensor, tiles_per_page: int) -> torch.Tensor:

@@ -10,7 +10,44 @@ program owns keys and walks the heads of its group too), so nothing is added ato
 import triton
 import triton.language as tl
 
-from .soft_mask_fwd import RUNTIME, capped_logits, load_keys, page_gate, row_gate, spread
+from .soft_mask_fwd import RUNTIME, capped_logits, load_keys, packed_rows, page_gate, row_gate, spread
+
+
+@triton.jit
+def _dq_tile(
+    dq, dfq, dnq, dtheta, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
+    k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr,
+    stride_ks, stride_vs,
+    tile, T, N, sink_pages, recent_pages, scale, softcap, inv_temperature,
+    GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, ON_EDGE: tl.constexpr,
+):  # fmt: skip
+    """What a tile adds to the gradients of its queries."""
+    NC: tl.constexpr = BLOCK_S // CHUNK
+    k, v, valid = load_keys(
+        k_ptr, v_ptr, valid_ptr, stride_ks, stride_vs, tile, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_S, HAS_MASK, ON_EDGE
+    )
+    log_gate, slack, fp, fs = row_gate(
+        fq, nq, fp_ptr, fs_ptr, theta, first_page, own_page, tile, N, sink_pages, recent_pages, inv_temperature,
+        PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, PRECISION, BLOCK_S, CHUNK,
+    )  # fmt: skip
+    s, slope = capped_logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
+    p = tl.exp2(s + spread(log_gate, BLOCK_T, GROUP_POW2, NC, CHUNK) - lse[:, None])  # [M, BLOCK_S]
+    if ON_EDGE:
+        p = tl.where((tile * BLOCK_S + tl.arange(0, BLOCK_S))[None, :] <= t_of_row[:, None], p, 0.0)
+    if HAS_MASK:
+        p = tl.where(valid[None, :], p, 0.0)
+    dz = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    dgate = tl.sum(tl.sum(tl.reshape(dz, (BLOCK_T, GROUP_POW2, NC, CHUNK)), axis=3), axis=1) * slack
+    dq = tl.dot((dz * slope).to(k.dtype), k, dq, input_precision=PRECISION)
+    dfq = tl.dot(dgate.to(k.dtype), fp.to(k.dtype), dfq, input_precision=PRECISION)
+    if HAS_SCALAR:
+        dnq += tl.sum(dgate * fs[None, :], axis=1)
+    if THRESHOLD_GRAD:
+        dtheta -= tl.sum(dgate, axis=1)
+    return dq, dfq, dnq, dtheta
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -24,7 +61,7 @@ def _soft_mask_bwd_dq_kernel(
     GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    ROUND_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Program (block of queries from the last, b * HK) writes dfq, dnq, delta, dtheta, and dq but for the features."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
@@ -47,9 +84,9 @@ def _soft_mask_bwd_dq_kernel(
     dout = tl.load(dout_rows + offs_dv, mask=mask_dv, other=0.0)  # [M, BLOCK_DV]
     out = tl.load(out_rows + offs_dv, mask=mask_dv, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)  # [M]
-    out_row = (b * HK * GROUP + heads) * T + t_of_row
-    tl.store(delta_ptr + out_row, delta, mask=mask_m)
-    lse = tl.load(lse_ptr + out_row, mask=mask_m, other=float("inf"))
+    packed = packed_rows(pid_bh, first_t, T, GROUP_POW2, ROUND_T) + offs_m
+    tl.store(delta_ptr + packed, delta)
+    lse = tl.load(lse_ptr + packed)
 
     offs_t = first_t + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
@@ -70,36 +107,34 @@ def _soft_mask_bwd_dq_kernel(
     fs_ptr += pid_bh * N
     list_ptr += (pid_bh * NQB + pid_t) * NKB
 
-    NC: tl.constexpr = BLOCK_S // CHUNK
     dq = tl.zeros([BLOCK_T * GROUP_POW2, BLOCK_D], tl.float32)
     dfq = tl.zeros([BLOCK_T, NUM_FEATURES], tl.float32)
     dnq = tl.zeros([BLOCK_T], tl.float32)
     dtheta = tl.zeros([BLOCK_T], tl.float32)
     num_tiles = tl.load(count_ptr + pid_bh * NQB + pid_t)
     tile = tl.load(list_ptr)
-    for j in range(num_tiles):
-        following = tl.load(list_ptr + tl.minimum(j + 1, num_tiles - 1))
-        k, v, valid = load_keys(
-            k_ptr, v_ptr, valid_ptr, stride_ks, stride_vs, tile, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_S, HAS_MASK, True
-        )
-        log_gate, slack, fp, fs = row_gate(
-            fq, nq, fp_ptr, fs_ptr, theta, first_page, own_page, tile, N, sink_pages, recent_pages, inv_temperature,
-            PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, PRECISION, BLOCK_S, CHUNK,
+    # the tiles on the diagonal are always listed, and last
+    last_t = tl.minimum(first_t + BLOCK_T, T) - 1
+    num_inner = num_tiles - (last_t // BLOCK_S - first_t // BLOCK_S + 1)
+    for j in range(num_inner):
+        following = tl.load(list_ptr + j + 1)
+        dq, dfq, dnq, dtheta = _dq_tile(
+            dq, dfq, dnq, dtheta, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
+            k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
+            sink_pages, recent_pages, scale, softcap, inv_temperature,
+            GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
+            THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, False,
         )  # fmt: skip
-        s, slope = capped_logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
-        s += spread(log_gate, BLOCK_T, GROUP_POW2, NC, CHUNK)
-        seen = (tile * BLOCK_S + tl.arange(0, BLOCK_S))[None, :] <= t_of_row[:, None]
-        if HAS_MASK:
-            seen = seen & valid[None, :]
-        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)  # [M, BLOCK_S]
-        dz = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dgate = tl.sum(tl.sum(tl.reshape(dz, (BLOCK_T, GROUP_POW2, NC, CHUNK)), axis=3), axis=1) * slack
-        dq = tl.dot((dz * slope).to(k.dtype), k, dq, input_precision=PRECISION)
-        dfq = tl.dot(dgate.to(k.dtype), fp.to(k.dtype), dfq, input_precision=PRECISION)
-        if HAS_SCALAR:
-            dnq += tl.sum(dgate * fs[None, :], axis=1)
-        if THRESHOLD_GRAD:
-            dtheta -= tl.sum(dgate, axis=1)
+        tile = following
+    for j in range(num_inner, num_tiles):
+        following = tl.load(list_ptr + tl.minimum(j + 1, num_tiles - 1))
+        dq, dfq, dnq, dtheta = _dq_tile(
+            dq, dfq, dnq, dtheta, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
+            k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
+            sink_pages, recent_pages, scale, softcap, inv_temperature,
+            GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
+            THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, True,
+        )  # fmt: skip
         tile = following
 
     if THRESHOLD_GRAD:
@@ -120,6 +155,80 @@ def _soft_mask_bwd_dq_kernel(
     tl.store(dq_rows + offs_d, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_d)
 
 
+@triton.jit
+def _dkv_step(
+    dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, first_t,
+    q_ptr, dout_ptr, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr, above_ptr, below_ptr, start_ptr,
+    stride_qh, stride_qt, stride_doh, stride_dot, stride_start_t,
+    heads, pid_bh, T, sink_pages, recent_pages, scale, softcap, inv_temperature,
+    GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PRODUCTS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """What STEP_T queries add to the gradients of a tile of keys."""
+    NC: tl.constexpr = BLOCK_S // CHUNK
+    # a dot takes no fewer than 16 terms: with fewer queries a step, each stands there once for every part of its group
+    PARTS: tl.constexpr = 16 // STEP_T if STEP_T < 16 else 1
+    ROWS_T: tl.constexpr = STEP_T * PARTS
+    ROWS_G: tl.constexpr = GROUP_POW2 // PARTS
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_dv = tl.arange(0, BLOCK_DV)[None, :]
+    offs_f = tl.arange(0, NUM_FEATURES)[None, :]
+    offs_r = tl.arange(0, ROWS_T)
+    offs_m = tl.arange(0, STEP_T * GROUP_POW2)
+    g_of_row = offs_m % GROUP_POW2
+    t_of_row = first_t + offs_m // GROUP_POW2
+    t64 = t_of_row.to(tl.int64)[:, None]
+    mask_m = (t_of_row < T) & (g_of_row < GROUP)
+    q_rows = q_ptr + heads[:, None] * stride_qh + t64 * stride_qt
+    dout_rows = dout_ptr + heads[:, None] * stride_doh + t64 * stride_dot
+    q = tl.load(q_rows + offs_d, mask=mask_m[:, None] & (offs_d < D), other=0.0)  # [M, BLOCK_D]
+    dout = tl.load(dout_rows + offs_dv, mask=mask_m[:, None] & (offs_dv < DV), other=0.0)
+    # rows without a query have dout = 0 and delta = 0, and add nothing
+    lse = tl.load(lse_ptr + first_t * GROUP_POW2 + offs_m)
+    delta = tl.load(delta_ptr + first_t * GROUP_POW2 + offs_m)
+    offs_t = first_t + offs_r // PARTS
+    mask_t = offs_t < T
+    row = pid_bh * T + offs_t
+    fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f, mask=mask_t[:, None], other=0.0)
+    theta = tl.load(theta_ptr + row, mask=mask_t, other=float("-inf"))
+    start = tl.load(start_ptr + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
+    score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, ROWS_T]
+    if HAS_SCALAR:
+        nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
+        score = tl.fma(fs[:, None], nq[None, :], score)
+    log_gate, slack = page_gate(
+        score, theta[None, :], pages[:, None], start[None, :] // PAGE_SIZE, (offs_t // PAGE_SIZE)[None, :],
+        sink_pages, recent_pages, inv_temperature,
+    )  # fmt: skip
+    dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_S, M]
+    if PRODUCTS_FIRST:  # nothing below then waits for the tensor cores, at the price of registers
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    s, slope = capped_logits(dots, scale, softcap, HAS_SOFTCAP)
+    s += spread(log_gate, NC, CHUNK, ROWS_T, ROWS_G)  # [BLOCK_S, M]
+    seen = slots[:, None] <= t_of_row[None, :]
+    if HAS_MASK:
+        seen = seen & valid[:, None]
+    p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    if not PRODUCTS_FIRST:
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dz = p * (dp - delta[None, :])
+    dk = tl.dot((dz * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+    dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, ROWS_T, ROWS_G)), axis=3), axis=1) * slack
+    if THRESHOLD_GRAD:
+        # both pages that set the threshold get half of its gradient, once each
+        half = 0.5 * tl.load(dtheta_ptr + row, mask=mask_t & (offs_r % PARTS == 0), other=0.0)[None, :]
+        page_once = tl.where(chunk_start % PAGE_SIZE == 0, pages, -1)[:, None]
+        dgate += tl.where(page_once == tl.load(above_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
+        dgate += tl.where(page_once == tl.load(below_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
+    dfp = tl.dot(dgate.to(q.dtype), fq.to(q.dtype), dfp, input_precision=PRECISION)
+    if HAS_SCALAR:
+        dfs += tl.sum(dgate * nq[None, :], axis=1)
+    return dk, dv, dfp, dfs
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def _soft_mask_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, fq_ptr, nq_ptr, fp_ptr, fs_ptr, theta_ptr, dtheta_ptr,
@@ -131,7 +240,8 @@ def _soft_mask_bwd_dkv_kernel(
     GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    ROUND_T: tl.constexpr, BLOCK_T: tl.constexpr, STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    PRODUCTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Program (block of keys, b * HK) writes dv, dfp and dfs of its pages, and dk but for the statistics."""
     pid_k = tl.program_id(0).to(tl.int64)
@@ -158,12 +268,12 @@ def _soft_mask_bwd_dkv_kernel(
     if HAS_SCALAR:
         fs = tl.load(fs_ptr + pid_bh * N + pages, mask=pages < N, other=0.0)
 
-    offs_m = tl.arange(0, STEP_T * GROUP_POW2)
-    g_of_row = offs_m % GROUP_POW2
-    heads = (pid_bh % HK) * GROUP + g_of_row
+    heads = (pid_bh % HK) * GROUP + tl.arange(0, STEP_T * GROUP_POW2) % GROUP_POW2
     q_ptr += b * stride_qb
     dout_ptr += b * stride_dob
-    head_row = (b * HK * GROUP + heads) * T
+    packed = packed_rows(pid_bh, 0, T, GROUP_POW2, ROUND_T)
+    lse_ptr += packed
+    delta_ptr += packed
     start_ptr += b * stride_start_b
     list_ptr += (pid_bh * NKB + pid_k) * NQB
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -172,58 +282,18 @@ def _soft_mask_bwd_dkv_kernel(
     dfs = tl.zeros([NC], tl.float32)
     # an open tile is walked in steps of STEP_T queries: dk and dv leave few registers
     STEPS: tl.constexpr = BLOCK_T // STEP_T
-    # a dot takes no fewer than 16 terms: with fewer queries a step, each stands there once for every part of its group
-    PARTS: tl.constexpr = 16 // STEP_T if STEP_T < 16 else 1
-    ROWS_T: tl.constexpr = STEP_T * PARTS
-    ROWS_G: tl.constexpr = GROUP_POW2 // PARTS
-    offs_r = tl.arange(0, ROWS_T)
     num_steps = tl.load(count_ptr + pid_bh * NKB + pid_k) * STEPS
     block = tl.load(list_ptr)
     for j in range(num_steps):
         following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
-        first_t = block * BLOCK_T + j % STEPS * STEP_T
-        t_of_row = first_t + offs_m // GROUP_POW2
-        t64 = t_of_row.to(tl.int64)[:, None]
-        mask_m = (t_of_row < T) & (g_of_row < GROUP)
-        q_rows = q_ptr + heads[:, None] * stride_qh + t64 * stride_qt
-        dout_rows = dout_ptr + heads[:, None] * stride_doh + t64 * stride_dot
-        q = tl.load(q_rows + offs_d, mask=mask_m[:, None] & (offs_d < D), other=0.0)  # [M, BLOCK_D]
-        dout = tl.load(dout_rows + offs_dv, mask=mask_m[:, None] & (offs_dv < DV), other=0.0)
-        lse = tl.load(lse_ptr + head_row + t_of_row, mask=mask_m, other=float("inf"))
-        delta = tl.load(delta_ptr + head_row + t_of_row, mask=mask_m, other=0.0)
-        offs_t = first_t + offs_r // PARTS
-        mask_t = offs_t < T
-        row = pid_bh * T + offs_t
-        fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f, mask=mask_t[:, None], other=0.0)
-        theta = tl.load(theta_ptr + row, mask=mask_t, other=float("-inf"))
-        start = tl.load(start_ptr + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
-        score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, ROWS_T]
-        if HAS_SCALAR:
-            nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
-            score = tl.fma(fs[:, None], nq[None, :], score)
-        log_gate, slack = page_gate(
-            score, theta[None, :], pages[:, None], start[None, :] // PAGE_SIZE, (offs_t // PAGE_SIZE)[None, :],
-            sink_pages, recent_pages, inv_temperature,
+        dk, dv, dfp, dfs = _dkv_step(
+            dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, block * BLOCK_T + j % STEPS * STEP_T,
+            q_ptr, dout_ptr, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr, above_ptr, below_ptr,
+            start_ptr, stride_qh, stride_qt, stride_doh, stride_dot, stride_start_t, heads, pid_bh, T,
+            sink_pages, recent_pages, scale, softcap, inv_temperature,
+            GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
+            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, PRODUCTS_FIRST,
         )  # fmt: skip
-        s, slope = capped_logits(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
-        s += spread(log_gate, NC, CHUNK, ROWS_T, ROWS_G)  # [BLOCK_S, M]
-        seen = slots[:, None] <= t_of_row[None, :]
-        if HAS_MASK:
-            seen = seen & valid[:, None]
-        p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dz = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-        dk = tl.dot((dz * slope).to(q.dtype), q, dk, input_precision=PRECISION)
-        dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, ROWS_T, ROWS_G)), axis=3), axis=1) * slack
-        if THRESHOLD_GRAD:
-            # both pages that set the threshold get half of its gradient, once each
-            half = 0.5 * tl.load(dtheta_ptr + row, mask=mask_t & (offs_r % PARTS == 0), other=0.0)[None, :]
-            page_once = tl.where(chunk_start % PAGE_SIZE == 0, pages, -1)[:, None]
-            dgate += tl.where(page_once == tl.load(above_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
-            dgate += tl.where(page_once == tl.load(below_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
-        dfp = tl.dot(dgate.to(q.dtype), fq.to(q.dtype), dfp, input_precision=PRECISION)
-        if HAS_SCALAR:
-            dfs += tl.sum(dgate * nq[None, :], axis=1)
         block = following
 
     mask_s = (slots < T)[:, None]

@@ -18,10 +18,12 @@ RUNTIME = [*LENGTHS, "sink_pages", "recent_pages"]
 def page_gate(score, theta, page, first_page, own_page, sink_pages, recent_pages, inv_temperature):
     """log2 g (-inf for pages the query does not see), and 1 - g where the gate is soft, else 0 (Eq. 6)."""
     soft = (page >= first_page + sink_pages) & (page <= own_page - recent_pages) & (theta > float("-inf"))
-    x = (score - theta) * (inv_temperature * LOG2E)
-    log_gate = tl.where(soft, tl.minimum(x, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(x))), 0.0)
-    log_gate = tl.where((page >= first_page) & (page <= own_page), log_gate, float("-inf"))
-    return log_gate, tl.where(soft, 1.0 / (1.0 + tl.exp2(x)), 0.0)
+    x = tl.maximum((score - theta) * (inv_temperature * LOG2E), -1e30)
+    log_gate = tl.minimum(x, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(x)))
+    # sigmoid(-x) = sigmoid(x) / exp(x)
+    slack = tl.where(soft, tl.exp2(log_gate - x), 0.0)
+    log_gate = tl.where(soft, log_gate, 0.0)
+    return tl.where((page >= first_page) & (page <= own_page), log_gate, float("-inf")), slack
 
 
 @triton.jit
@@ -101,6 +103,12 @@ def spread(x, A: tl.constexpr, REPEAT_A: tl.constexpr, C: tl.constexpr, REPEAT_C
 
 
 @triton.jit
+def packed_rows(pid_bh, first_t, T, GROUP_POW2: tl.constexpr, ROUND_T: tl.constexpr):
+    """Where the rows of a tile begin in `[B * HK, T rounded up, GROUP_POW2]`: they are neighbours and need no mask."""
+    return (pid_bh * ((T + ROUND_T - 1) // ROUND_T * ROUND_T) + first_t) * GROUP_POW2
+
+
+@triton.jit
 def _attend_tile(
     m_i, l_i, acc, q, fq, nq, theta, first_page, own_page, t_of_row,
     k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr,
@@ -145,7 +153,7 @@ def _soft_mask_fwd_attend_kernel(
     GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    ROUND_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Program (block of queries from the last, b * HK) writes out and log-sum-exp (base 2, +inf if empty): Eq. 6."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
@@ -220,4 +228,4 @@ def _soft_mask_fwd_attend_kernel(
     mask_out = mask_m[:, None] & (offs_dv < DV)[None, :]
     out_rows = out_ptr + b * stride_ob + heads[:, None] * stride_oh + t_of_row.to(tl.int64)[:, None] * stride_ot
     tl.store(out_rows + offs_dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_out)
-    tl.store(lse_ptr + (b * HK * GROUP + heads) * T + t_of_row, lse, mask=mask_m)
+    tl.store(lse_ptr + packed_rows(pid_bh, first_t, T, GROUP_POW2, ROUND_T) + offs_m, lse)
