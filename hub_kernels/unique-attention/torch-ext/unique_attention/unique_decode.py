@@ -260,6 +260,33 @@ def scores_at_once(rows: int, splits: int, num_scored: int, num_sms: int) -> boo
     return num_scored <= 2048 and rows * splits <= num_sms
 
 
+def _launch_scores(
+    q, stats, scored, scratch, scoring, selection, appending, *, config, level, dense_pages, page_table, capacity, pdl,
+    seq_lens, seq_starts, score_weight, softmax_scale,
+):  # fmt: skip
+    """The launches before the selection: append, scores of the first level, and their vote where heads vote apart."""
+    shape = (q.shape[0], stats.codes.shape[1], -1)
+    scores, peaks = scratch.scores.view(shape), scratch.peaks.view(shape)
+    forced = {"sink_pages": level.sink_pages, "recent_pages": level.recent_pages}
+    lengths = {"seq_lens": seq_lens, "seq_starts": seq_starts}
+    naming = {"stats_dtype": config.stats_dtype, "page_size": level.page_size, "page_table": page_table}
+    scaling = {"score_weight": score_weight, "softmax_scale": softmax_scale}
+    if not scoring.per_head:
+        launch_scores(
+            q, scored, scores, peaks, scoring, **naming, **lengths, **scaling, capacity=capacity,
+            ratio=level.page_size // config.page_size, dense_pages=dense_pages, forced=tuple(forced.values()),
+            group_size=selection.group_size, appending=None if appending.new is None else appending, pdl=pdl,
+        )  # fmt: skip
+        return
+    naming["score"] = config.score
+    if appending.new is not None:
+        k, v, new, _, token_mask = appending
+        append_tokens(k, v, stats, *new, **lengths, **naming, token_mask=token_mask)
+    page_scores(q, stats, scores, group_reduce=config.group_reduce, **naming, **lengths, **scaling)
+    if selection.group_size > 1:
+        write_peaks(scores, peaks, selection, page_size=level.page_size, **forced, **lengths)
+
+
 def unique_decode(
     q, k, v, stats, out, page_ids, *, config, score_weight, softmax_scale, softcap, sinks, seq_lens, seq_starts,
     token_mask, page_table, dense_below, counters, new, super_stats,
@@ -279,34 +306,21 @@ def unique_decode(
     tokens, levels = min(dense_pages, num_pages) * page_size, 1 if upper is None else 2
     launch = launch_decode(rows, tokens, row_bytes(k, v), target.num_sms, levels)
     lengths = {"seq_lens": seq_lens, "seq_starts": seq_starts}
-    stored = {"page_size": page_size, "page_table": page_table}
     alone = not scoring.per_head and scores_at_once(rows, launch.splits, num_scored, target.num_sms)
     scored_in = launch.splits if alone else 1
     scratch = _scratch(rows, launch.splits, scored_in, num_scored, selection, upper, ratio, q.device)
     pdl = not alone and not scoring.per_head and target.dependent_launch
     forced = (level.sink_pages, level.recent_pages)
-    appending = None if new is None or alone else Appending(k, v, new, stats, token_mask)
     capacity = capacity_of(k, page_table, page_size)
     if not alone:
-        shape = (batch, num_kv_heads, -1)
-        scores, peaks = scratch.scores.view(shape), scratch.peaks.view(shape)
-        scaling = {"score_weight": score_weight, "softmax_scale": softmax_scale}
-        if scoring.per_head:
-            if new is not None:
-                append_tokens(k, v, stats, *new, **lengths, **stored, **naming, token_mask=token_mask)
-            page_scores(q, stats, scores, group_reduce=config.group_reduce, **naming, **lengths, **stored, **scaling)
-            if selection.group_size > 1:
-                kept = {"sink_pages": forced[0], "recent_pages": forced[1]}
-                write_peaks(scores, peaks, selection, page_size=page_size, **kept, **lengths)
-        else:
-            launch_scores(
-                q, scored, scores, peaks, scoring, stats_dtype=config.stats_dtype, **lengths, **scaling,
-                page_size=level.page_size, page_table=page_table, capacity=capacity, ratio=ratio,
-                dense_pages=dense_pages, forced=forced, group_size=selection.group_size, appending=appending, pdl=pdl,
-            )  # fmt: skip
+        _launch_scores(
+            q, stats, scored, scratch, scoring, selection, Appending(k, v, new, stats, token_mask), config=config,
+            level=level, dense_pages=dense_pages, page_table=page_table, capacity=capacity, pdl=pdl, **lengths,
+            score_weight=score_weight, softmax_scale=softmax_scale,
+        )  # fmt: skip
     call = plan_attention(
-        q, k, v, out, launch, **lengths, **stored, token_mask=token_mask, softcap=softcap, sinks=sinks,
-        counters=counters,
+        q, k, v, out, launch, page_size=page_size, page_table=page_table, **lengths, token_mask=token_mask,
+        softcap=softcap, sinks=sinks, counters=counters,
     )  # fmt: skip
     tensors, strides = stats_arguments(stats, config.stats_dtype, page_table is not None)
     super_tensors, super_strides = stats_arguments(scored, config.stats_dtype, page_table is not None)
