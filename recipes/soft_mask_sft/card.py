@@ -38,7 +38,7 @@ def facts_of(results, task):
     arms = {"before": _find(same, "start", None), "dense control": _find(same, "dense", own["seed"]),
             "hard top-k": _find(same, "hard", own["seed"]), "this model": own}  # fmt: skip
     arms = {name: record for name, record in arms.items() if record is not None}
-    return {"tables": [_accuracy(own, arms), _training(results, own)]}
+    return {"tables": [_accuracy(own, arms, results["plan"]), _training(results, own)]}
 
 
 def _find(records, arm, seed):
@@ -49,13 +49,21 @@ def _cell(record, length, budget):
     return next(c for c in record["cells"] if (c["length"], c["budget"]) == (length, budget))
 
 
-def _accuracy(own, arms):
+def _met(length, budget, plan):
+    """Whether training had rows of that length, and, below a budget, the mask with one like it."""
+    if budget is None:
+        return str(length) in {**plan["lengths"], **plan["dense_lengths"]}
+    least, most = plan["budgets"]
+    return str(length) in plan["lengths"] and least <= budget <= most
+
+
+def _accuracy(own, arms, plan):
     rows = []
     for cell in own["cells"]:
         length, budget = cell["length"], cell["budget"]
         kept = "all (dense)" if budget is None else f"{budget} ({100 * budget / length:.1f} %)"
         found = [f"{100 * _cell(record, length, budget)['accuracy']:.1f}" for record in arms.values()]
-        rows.append([length, kept, "yes" if cell["trained"] else "no", cell["questions"], *found])
+        rows.append([length, kept, "yes" if _met(length, budget, plan) else "no", cell["questions"], *found])
     return {
         "title": "Accuracy",
         "columns": ["context", "tokens kept", "trained at", "questions", *arms],
@@ -70,16 +78,20 @@ def _training(results, own):
     training, plan, environment = own["training"], results["plan"], results["environment"]
     schedule = training["schedule"]
     first, last = schedule["temperature"]
-    lengths = ", ".join(str(length) for length in sorted(map(int, plan["lengths"])))
+    lengths, dense = (", ".join(map(str, sorted(map(int, plan[name])))) for name in ("lengths", "dense_lengths"))
+    factor = "as trained" if plan["mix"] == 1 else f"start + {plan['mix']:g} (trained - start)"
+    chosen = "validation facts" if results["tuning"] else "no validation facts: the default of the recipe"
     rows = [
         ["steps, tokens a step", f"{plan['steps']}, {plan['tokens']}"],
-        ["row lengths", lengths],
+        ["row lengths under the mask", lengths],
+        ["row lengths of dense steps", dense],
         ["tokens kept", f"{plan['budgets'][0]} to {plan['budgets'][1]}, drawn per step"],
         ["dense steps", f"{100 * schedule['dense_share']:.0f} %"],
         ["temperature", f"{first:g} to {last:g} logits"],
         ["share of the base model's learning rates", f"{plan['rate']:g}"],
         ["gradient clipped to a norm of", f"{plan['clip']:g}"],
-        ["weights", f"start + {plan['mix']:g} (trained - start); factor chosen on validation facts"],
+        ["weights", factor],
+        ["plan chosen on", chosen],
         ["seconds", f"{training['seconds']:g}"],
         ["device", environment["device"]],
         ["versions", ", ".join(f"{name} {version}" for name, version in sorted(environment["versions"].items()))],
