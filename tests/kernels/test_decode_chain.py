@@ -253,7 +253,7 @@ def test_a_row_without_valid_tokens_gives_zeros():
     assert (out[0] == 0).all() and out[1].isfinite().all() and (out[1] != 0).any()
 
 
-@ids([STATS[0], STATS[2], STATS[4], STATS[14], STATS[16], STATS[17], STATS[18], SCORES[-4]])
+@ids([STATS[0], STATS[2], STATS[4], STATS[14], STATS[16], STATS[17], STATS[18], SCORES[-4], DECODES[-1]])
 def test_a_step_appends_as_the_append_does(case):
     t = case.tensors()
     settings = stats_settings(case) | some(t, ("seq_starts", "token_mask", "page_table"))

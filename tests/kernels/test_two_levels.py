@@ -24,16 +24,13 @@ CASES = [
     replace(BASE, D=128, DV=128, HK=1, stats_dtype="int8", sinks=True),
     replace(BASE, D=80, DV=48, HK=1, P=2, K=16),
 ]
-LAUNCHES = ("one", "two", "groups")
 LENGTHS = ("seq_lens", "seq_starts", "token_mask")
 
 
-@pytest.fixture(params=LAUNCHES)
-def launches(request, monkeypatch):
-    """Scores in the same launch, in one of their own, or in one of their own with groups of pages."""
-    chain = importlib.import_module("unique_attention.unique_decode")
-    monkeypatch.setattr(chain, "scores_at_once", lambda *_: request.param == "one")
-    if request.param == "groups":
+@pytest.fixture(params=["at once", "in groups"])
+def search(request, monkeypatch):
+    """Super-pages searched at once, or the groups of them with the highest peaks first."""
+    if request.param == "in groups":
         monkeypatch.setattr(importlib.import_module("unique_attention.page_select"), "MAX_SINGLE", 0)
 
 
@@ -68,7 +65,7 @@ def expected_ids(case, t, config, stats, super_stats):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("ratio", [2, 8])
-def test_two_levels_are_the_chain_of_their_parts(case, ratio, launches):
+def test_two_levels_are_the_chain_of_their_parts(case, ratio, search):
     t = case.tensors()
     config = settings(case, ratio, 2 * case.P * ratio + -(-case.K // ratio) * ratio * case.P + case.P * ratio)
     stats = statistics(case, t, case.P, t["seq_lens"])
@@ -91,18 +88,19 @@ def test_two_levels_are_the_chain_of_their_parts(case, ratio, launches):
         assert_same_pages(page_ids, reference_ids, scores)
 
 
-@pytest.mark.parametrize("case", [BASE, replace(BASE, holes=True, score="minmax")], ids=lambda case: case.id)
-def test_a_step_refreshes_both_levels(case, launches):
+@pytest.mark.parametrize(
+    "case", [BASE, replace(BASE, holes=True, score="minmax"), replace(BASE, K=80)], ids=lambda case: case.id
+)
+def test_a_step_refreshes_both_levels(case, search):
+    # the last case attends to everything it can hold: one launch, which appends on the side
     t = case.tensors()
-    config = settings(case, 4, 96)
+    config = settings(case, 4, 96 if case.K == 8 else 384)
     new = tuple(torch.randn(case.B, case.HK, 1, d, device=DEVICE).to(case.dtype) for d in (case.D, case.DV))
     k, v = t["k"].clone(), t["v"].clone()
     for b, end in enumerate(t["seq_lens"].tolist()):
         t["k"][b, :, end - 1], t["v"][b, :, end - 1] = new[0][b, :, 0], new[1][b, :, 0]
     whole = [statistics(case, t, page, t["seq_lens"]) for page in (case.P, config.super_page_size)]
-    before = [
-        statistics(case, t | {"k": k}, page, t["seq_lens"] - 1) for page in (case.P, config.super_page_size)
-    ]
+    before = [statistics(case, t | {"k": k}, page, t["seq_lens"] - 1) for page in (case.P, config.super_page_size)]
     common = {"config": config, "return_page_ids": True, "impl": "triton"} | {name: t[name] for name in LENGTHS}
     expected, ids = ops.unique_decode(*(t[n] for n in "qkv"), whole[0], super_stats=whole[1], **common)
     out, page_ids = ops.unique_decode(t["q"], k, v, before[0], super_stats=before[1], new=new, **common)

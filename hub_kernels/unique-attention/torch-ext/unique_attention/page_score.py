@@ -181,8 +181,10 @@ def _page_vote_fwd_kernel(
 # pages per block at head dim 128, warps, blocks per program where programs are many, depth of the loads' pipeline;
 # measured on an H200
 SCORE_LAUNCH = {
-    "fp32": (32, 4, 1, 1), "bf16": (16, 1, 8, 3), "fp8": (64, 1, 1, 1), "int8": (64, 1, 4, 3), "int4": (64, 1, 8, 1),
+    "fp32": (32, 4, 1, 1), "bf16": (16, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (64, 1, 4, 3), "int4": (64, 1, 8, 1),
 }  # fmt: skip
+# the same where programs are few
+FEW_LAUNCH = {"fp32": (32, 4, 1, 1), "bf16": (32, 4, 1, 1)}
 # codes that are unpacked to float32, for want of dp4a or of whole groups: more threads, or the vectors spill
 UNPACKED_LAUNCH = (32, 4, 1, 1)
 
@@ -216,11 +218,14 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     rows = q.shape[0] * num_kv_heads
     squared = score in ("diagonal", "moment")
     unpacked = stats_dtype in ("int8", "int4") and (squared or not constants["DP4A"])
-    block_n, num_warps, blocks, stages = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
-    block_n = max(16, block_n * 128 // max(block_d, 64))
+    launch = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
     # the query is prepared once per program: several blocks each, where programs are many
-    if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
-        blocks = stages = 1
+    if per_head or rows * num_pages < 8 * target.num_sms * launch[0] * launch[2]:
+        launch = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
+    block_n, num_warps, blocks, stages = launch
+    block_n = max(16, block_n * 128 // max(block_d, 64))
+    if stats_dtype == "int4" and rows * num_pages <= 10_000 * target.num_sms:
+        blocks = min(blocks, 4)
     return Scoring(constants, block_n, num_warps, blocks, stages, per_head)
 
 

@@ -258,7 +258,11 @@ def append_row(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_pages", "num_new", "capacity", "stride_mask", "stride_table"])
+@triton.jit(do_not_specialize=[
+    # strides of scales and spread change class with the number of pages
+    "num_pages", "num_new", "capacity", "stride_mask", "stride_table",
+    "stride_sb", "stride_sh", "stride_db", "stride_dh",
+])  # fmt: skip
 def _page_stats_fwd_kernel(
     k_ptr, k_new_ptr, v_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
     len_ptr, start_ptr, mask_ptr, table_ptr,

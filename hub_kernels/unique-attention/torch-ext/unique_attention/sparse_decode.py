@@ -187,24 +187,32 @@ class Launch(NamedTuple):
     splits: int
 
 
-def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int, levels: int = 1) -> Launch:
+def launch_decode(
+    rows: int, tokens: int, row_bytes: int, num_sms: int, *, selecting: int = 0, levels: int = 1
+) -> Launch:
     """Launch settings for `rows` rows of `tokens` tokens whose keys (or values) take `row_bytes` each.
 
-    Many rows fill the device alone; few are split until they do, at most once per tile. Measured on an H200.
+    Many rows fill the device alone; few are split until they do, at most once per tile. `selecting` pages per row are
+    searched first, on `levels` levels. Measured on an H200.
     """
     if rows >= 2 * num_sms:
-        # one stage goes to the page ids; the second level of a selection needs the registers of the others
-        launch = Launch(32, 5 if levels == 1 else 3, 4, 1)
+        # of the stages one goes to the page ids. A second level needs the registers of the others, and a search among
+        # many pages more threads
+        launch = Launch(32, 3, 4, 1) if levels == 2 else Launch(16, 7, 2, 1)
+        if levels == 1 and selecting > 4096:
+            launch = Launch(32, 7, 4, 1)
     elif 3 * rows >= num_sms:
-        launch = Launch(128, 1, 8, 2)
+        launch = Launch(64, 3, 4, 4) if not selecting else Launch(64, 3, 8, 2) if levels == 1 else Launch(128, 1, 8, 2)
     else:
-        launch = Launch(64, 1, 8, 1)
+        launch = Launch(64, 1, 8 if selecting else 4, 1)
     if row_bytes > 256:
         launch = launch._replace(block_t=max(16, launch.block_t * 256 // row_bytes))
     tiles = triton.cdiv(tokens, launch.block_t)
     splits = launch.splits
     if 3 * rows < num_sms:
-        while splits * 2 <= min(tiles, 32) and rows * splits * 2 <= num_sms * 2:
+        # a search in every program costs more than the tiles it spares
+        most = num_sms if selecting else 2 * num_sms
+        while splits * 2 <= min(tiles, 32) and rows * splits * 2 <= most:
             splits *= 2
     return launch._replace(splits=max(1, min(splits, tiles)))
 

@@ -1,8 +1,8 @@
 """One decode step: append and score (Eq. 1 to 3) in one launch, select and attend (Eq. 4 and 5) in the next.
 
 The second launch may start while the first drains. A row that is split over several programs repeats the (cheap)
-selection in each of them, and each takes a slice of the result. Where rows are few and short, it repeats the scores
-too, and there is one launch only. May import torch, triton and the other kernels.
+selection in each of them, and each takes a slice of the result. Where no row can have more pages than it attends to
+there is one launch only. May import torch, triton and the other kernels.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ._common import FP8, row_length, row_start, target_of
 from ._page_dot import prepare_group, score_pages
-from .page_score import Appending, launch_scores, page_scores, plan_scoring, score_blocks, stats_arguments
+from .page_score import Appending, launch_scores, page_scores, plan_scoring, stats_arguments
 from .page_select import list_all, plan_selection, select_listed, select_row, write_peaks
 from .page_stats import append_row, append_tokens, write_token
 from .sparse_decode import attend_pages, capacity_of, finish_row, launch_decode, plan_attention, row_bytes, split_of
@@ -50,35 +50,23 @@ def _score_listed(
 @triton.jit
 def _choose_pages(
     qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr,
-    super_codes_ptr, super_scales_ptr, super_spread_ptr, table_ptr,
     scores_ptr, peaks_ptr, groups_ptr, supers_ptr, listed_ptr, ids_ptr,
     stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
-    stride_ucp, stride_ucv, stride_usp, stride_usv, stride_udp, stride_table,
-    row, head, first_page, last_page, first_pos, last_pos, num_pages, num_supers, weight, scale,
+    row, head, first_page, last_page, first_pos, last_pos, num_pages, weight, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     KS: tl.constexpr, BLOCK_KS: tl.constexpr, FIRSTS: tl.constexpr, LASTS: tl.constexpr, RATIO: tl.constexpr,
     GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
-    HAS_TABLE: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr, SCORE: tl.constexpr,
+    DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4 for a row of more than `K` pages: positions `first_pos .. last_pos - 1` of the page ids.
 
-    With `RATIO` > 1 the scores are those of super-pages, and the pages of the best ones are scored and compete. With
-    `SCORE` the scores are computed first. The pointers are the row's.
+    With `RATIO` > 1 the scores are those of super-pages, and the pages of the best ones are scored and compete. The
+    pointers are the row's.
     """
     first_super = first_page // RATIO
     last_super = tl.cdiv(last_page, RATIO)
-    if SCORE:
-        score_blocks(
-            qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, super_codes_ptr, super_scales_ptr, super_spread_ptr,
-            scores_ptr, peaks_ptr, table_ptr,
-            stride_qh, stride_qd, stride_ucp, stride_ucv, stride_usp, stride_usv, stride_udp, 0, stride_table,
-            row, head, first_super // BLOCK_N * BLOCK_N, last_super, first_super, last_super, num_supers,
-            weight, scale,
-            D, BD, C, BC, NG, G, FIRSTS, LASTS, GS, BLOCK_N, STAGES, KIND, FORM, VOTE, HAS_TABLE, DP4A, NATIVE_FP8,
-        )  # fmt: skip
-        tl.debug_barrier()
     if RATIO == 1:
         select_row(
             scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page, first_pos, last_pos,
@@ -132,13 +120,14 @@ def _unique_decode_fwd_kernel(
     SCORE_STAGES: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr,
     NATIVE_FP8: tl.constexpr, HAS_LENS: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, APPEND: tl.constexpr, SCORE: tl.constexpr, PDL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, APPEND: tl.constexpr, SELECT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4 and 5. Program `(split, kv head, row)` selects, and attends to its slice of the selected pages.
 
     A row of at most `dense_pages` pages attends to all of them and selects nothing. With `RATIO` > 1 the scores given
-    are those of super-pages of so many pages, and the pages of the best ones are scored here. `SCORE`: nothing was
-    scored before; then with `APPEND` one more program per row writes the new token and its statistics.
+    are those of super-pages of so many pages, and the pages of the best ones are scored here. Without `SELECT` every
+    row is dense, and nothing ran before: with `APPEND` one more program per row writes the new token and its
+    statistics.
     """
     split = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
@@ -159,14 +148,6 @@ def _unique_decode_fwd_kernel(
     row_s = scales_ptr
     if KIND >= FP8:
         row_s += pid_b * stride_sb + pid_h * stride_sh
-    row_uc = super_codes_ptr
-    row_us = super_scales_ptr
-    row_ud = super_spread_ptr
-    if RATIO > 1 or SCORE:
-        row_uc += pid_b * stride_ucb + pid_h * stride_uch
-        row_ud += pid_b * stride_udb + pid_h * stride_udh
-        if KIND >= FP8:
-            row_us += pid_b * stride_usb + pid_h * stride_ush
     row_ids = ids_ptr + row * K
     row_mask = mask_ptr
     if HAS_MASK:
@@ -205,18 +186,16 @@ def _unique_decode_fwd_kernel(
     if dense:
         if split == 0:
             list_all(row_ids, first_page, count, K, BLOCK_K)
-    else:
+    elif SELECT:
         part = row * SPLITS + split
-        scored_in = part if SCORE else row
         _choose_pages(
-            qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, row_c, row_s, row_d, row_uc, row_us, row_ud, table_ptr,
-            scores_ptr + scored_in * num_supers, peaks_ptr + scored_in * num_peaks, groups_ptr + part * GROUPS,
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, row_c, row_s, row_d,
+            scores_ptr + row * num_supers, peaks_ptr + row * num_peaks, groups_ptr + part * GROUPS,
             supers_ptr + part * KS, listed_ptr + part * KS * RATIO, row_ids,
             stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
-            stride_ucp, stride_ucv, stride_usp, stride_usv, stride_udp, stride_table,
-            pid_b, pid_h, first_page, last_page, first_pos, last_pos, num_pages, num_supers, weight, scale,
+            pid_b, pid_h, first_page, last_page, first_pos, last_pos, num_pages, weight, scale,
             D, BD, C, BC, NG, G, K, BLOCK_K, SINK, RECENT, KS, BLOCK_KS, FIRSTS, LASTS, RATIO, GS, GROUPS, TILE,
-            SINGLE, BLOCK_N, SCORE_STAGES, KIND, FORM, VOTE, HAS_TABLE, DP4A, NATIVE_FP8, SCORE,
+            SINGLE, BLOCK_N, SCORE_STAGES, KIND, FORM, VOTE, DP4A, NATIVE_FP8,
         )  # fmt: skip
     tl.debug_barrier()
     acc, m_i, l_i = attend_pages(
@@ -232,7 +211,7 @@ def _unique_decode_fwd_kernel(
 
 
 class Scratch(NamedTuple):
-    """What a step leaves in memory for itself; one part per program where a row scores its pages several times."""
+    """What a step leaves in memory for itself; after the scores one part per program."""
 
     scores: torch.Tensor
     peaks: torch.Tensor
@@ -241,23 +220,18 @@ class Scratch(NamedTuple):
     listed: torch.Tensor
 
 
-def _scratch(rows, splits, scored_in, num_scored, selection, upper, ratio, device) -> Scratch:
-    """`num_scored` scores and their peaks per row or program, groups, kept super-pages and scores of their pages."""
+def _scratch(rows, splits, num_scored, selection, upper, ratio, device) -> Scratch:
+    """`num_scored` scores of the first level and their peaks; groups, kept super-pages and scores of their pages."""
     kept = upper.num_kept if upper is not None else 0
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=device)
 
     return Scratch(
-        empty(rows * scored_in, num_scored), empty(rows * scored_in, selection.peaks(num_scored)),
+        empty(rows, num_scored), empty(rows, selection.peaks(num_scored)),
         empty(rows * splits, selection.groups, dtype=torch.int32), empty(rows * splits, kept, dtype=torch.int32),
         empty(rows * splits, kept * ratio),
     )  # fmt: skip
-
-
-def scores_at_once(rows: int, splits: int, num_scored: int, num_sms: int) -> bool:
-    """Whether every program scores all pages of its row: a launch less, for more reads. Measured on an H200."""
-    return num_scored <= 2048 and rows * splits <= num_sms
 
 
 def _launch_scores(
@@ -302,17 +276,22 @@ def unique_decode(
     num_scored, ratio = num_pages if upper is None else scored.codes.shape[2], level.page_size // page_size
     naming = {"score": config.score, "stats_dtype": config.stats_dtype}
     scoring = plan_scoring(q, scored, num_scored, group_reduce=config.group_reduce, **naming)
+    if upper is not None and scoring.blocks == 1:
+        # the program that appends reads a whole super-page
+        scoring = scoring._replace(num_warps=max(2, scoring.num_warps))
     selection = plan_selection(num_scored, level.num_kept - level.sink_pages - level.recent_pages)
-    tokens, levels = min(dense_pages, num_pages) * page_size, 1 if upper is None else 2
-    launch = launch_decode(rows, tokens, row_bytes(k, v), target.num_sms, levels)
+    # rows that cannot have more pages than they attend to need no scores
+    select = num_pages > dense_pages
+    launch = launch_decode(
+        rows, min(dense_pages, num_pages) * page_size, row_bytes(k, v), target.num_sms,
+        selecting=num_scored if select else 0, levels=1 if upper is None else 2,
+    )  # fmt: skip
     lengths = {"seq_lens": seq_lens, "seq_starts": seq_starts}
-    alone = not scoring.per_head and scores_at_once(rows, launch.splits, num_scored, target.num_sms)
-    scored_in = launch.splits if alone else 1
-    scratch = _scratch(rows, launch.splits, scored_in, num_scored, selection, upper, ratio, q.device)
-    pdl = not alone and not scoring.per_head and target.dependent_launch
+    scratch = _scratch(rows, launch.splits, num_scored, selection, upper, ratio, q.device)
+    pdl = select and not scoring.per_head and target.dependent_launch
     forced = (level.sink_pages, level.recent_pages)
     capacity = capacity_of(k, page_table, page_size)
-    if not alone:
+    if select:
         _launch_scores(
             q, stats, scored, scratch, scoring, selection, Appending(k, v, new, stats, token_mask), config=config,
             level=level, dense_pages=dense_pages, page_table=page_table, capacity=capacity, pdl=pdl, **lengths,
@@ -324,7 +303,7 @@ def unique_decode(
     )  # fmt: skip
     tensors, strides = stats_arguments(stats, config.stats_dtype, page_table is not None)
     super_tensors, super_strides = stats_arguments(scored, config.stats_dtype, page_table is not None)
-    append = alone and new is not None
+    append = new is not None and not select
     # copies ahead pay where few programs share a multiprocessor, and fit where page vectors are short
     narrow = stats.codes.shape[-1] * stats.codes.element_size() <= 128
     stages = SCORE_STAGES if narrow and rows < 2 * target.num_sms else 1
@@ -339,6 +318,6 @@ def unique_decode(
         KS=level.num_kept, BLOCK_KS=triton.next_power_of_2(level.num_kept), FIRSTS=forced[0], LASTS=forced[1],
         RATIO=ratio, GS=selection.group_size, GROUPS=selection.groups, TILE=selection.tile, SINGLE=selection.single,
         BLOCK_N=launch.num_warps * PAGES_PER_WARP, SCORE_STAGES=stages, **(scoring.constants | call.constants),
-        APPEND=append, SCORE=alone, PDL=pdl, num_warps=launch.num_warps,
+        APPEND=append, SELECT=select, PDL=pdl, num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
