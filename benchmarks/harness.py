@@ -96,8 +96,12 @@ def prefix(model: Any, batch: int, context: int, settings: UniqueConfig, old: Dy
         else:
             keys, values = old.layers[index].buffers()
             old.layers[index] = None
-        named = {"page_size": settings.page_size, "score": settings.score, "stats_dtype": settings.stats_dtype}
-        layer.move_to(keys, values, *ops.page_stats(keys, **named), settings=settings)
+        stats: list[torch.Tensor | None] = []
+        for level in (settings, settings.upper):
+            if level is not None:
+                named = {"page_size": level.page_size, "score": level.score, "stats_dtype": level.stats_dtype}
+                stats += ops.page_stats(keys, **named)
+        layer.move_to(keys, values, *stats, settings=settings)
         layer.leave_fixed(context)
     return cache
 

@@ -276,11 +276,16 @@ def test_steps_begin_ahead_and_give_the_same_tokens_and_logits(dtype, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(capture.Call, "_captured", without_lookahead(capture.Call._captured))
             expected = run(**arguments)
-        assert expected[4].early == expected[4].vain == 0 < found[4].early
+        assert expected[4].early == expected[4].vain == 0
         assert found[0] == expected[0] and found[3] == expected[3] and torch.equal(found[1], expected[1])
         assert all(torch.equal(a, b) for a, b in zip(found[2], expected[2]))
         if arguments.keys() <= {"streamer"}:
             assert found[4].early >= 117 and found[4].vain == 0
+        elif "eos_token_id" in arguments:
+            assert found[4].early > found[4].vain, "wrong at most where one of the three rows ends"
+        else:
+            # the processor chooses other tokens than the logits do, so every guess may be wrong
+            assert found[4].vain > 0
 
 
 def without_lookahead(original):

@@ -218,14 +218,14 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     rows = q.shape[0] * num_kv_heads
     squared = score in ("diagonal", "moment")
     unpacked = stats_dtype in ("int8", "int4") and (squared or not constants["DP4A"])
-    launch = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
-    # the query is prepared once per program: several blocks each, where programs are many
-    if per_head or rows * num_pages < 8 * target.num_sms * launch[0] * launch[2]:
-        launch = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
-    block_n, num_warps, blocks, stages = launch
-    block_n = max(16, block_n * 128 // max(block_d, 64))
+    block_n, num_warps, blocks, stages = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
     if stats_dtype == "int4" and rows * num_pages <= 10_000 * target.num_sms:
         blocks = min(blocks, 4)
+    # the query is prepared once per program: several blocks each, where programs are many
+    if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
+        few = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
+        block_n, num_warps, blocks, stages = few
+    block_n = max(16, block_n * 128 // max(block_d, 64))
     return Scoring(constants, block_n, num_warps, blocks, stages, per_head)
 
 
