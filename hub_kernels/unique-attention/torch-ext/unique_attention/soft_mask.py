@@ -44,14 +44,13 @@ class Launch(NamedTuple):
     dq: Tile
     dkv: Tile
     step_rows: int  # rows that dk and dv take at a time
-    products_first: bool = False  # dk and dv take both products before the exponentials
     threshold: tuple[int, int, int] = (128, 32, 8)  # queries, pages at a time, num_warps
 
 
 # by largest head dim and bytes per number; two stages copy and compute in turn, three at the same time
 LAUNCH = {
     (64, 2): Launch(*[Tile(64, 64, 4, 3)] * 3, 64),
-    (128, 2): Launch(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), 64),
+    (128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3), 64),
     (256, 2): Launch(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), 32),
     (64, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 32),
     (128, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 16),
@@ -265,7 +264,6 @@ def _plan(q, k, v, layout: Layout, settings: Settings) -> Plan:
 
     fwd, dq, dkv = tile(*launch.fwd, 3), tile(*launch.dq, 2), tile(*launch.dkv, 1)
     dkv["STEP_T"] = min(dkv["BLOCK_T"], max(MIN_BLOCK_T, launch.step_rows // group_pow2))
-    dkv["PRODUCTS_FIRST"] = launch.products_first
     meta["ROUND_T"] = max(x["BLOCK_T"] for x in (fwd, dq, dkv))
     # one map of open tiles serves all three: its tiles are the smallest of theirs
     block_t, block_s = (min(x[name] for x in (fwd, dq, dkv)) for name in ("BLOCK_T", "BLOCK_S"))

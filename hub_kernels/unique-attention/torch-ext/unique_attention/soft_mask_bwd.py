@@ -164,7 +164,7 @@ def _dkv_step(
     GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PRODUCTS_FIRST: tl.constexpr,
+    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """What STEP_T queries add to the gradients of a tile of keys."""
     NC: tl.constexpr = BLOCK_S // CHUNK
@@ -203,8 +203,6 @@ def _dkv_step(
         sink_pages, recent_pages, inv_temperature,
     )  # fmt: skip
     dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_S, M]
-    if PRODUCTS_FIRST:  # nothing below then waits for the tensor cores, at the price of registers
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     s, slope = capped_logits(dots, scale, softcap, HAS_SOFTCAP)
     s += spread(log_gate, NC, CHUNK, ROWS_T, ROWS_G)  # [BLOCK_S, M]
     seen = slots[:, None] <= t_of_row[None, :]
@@ -212,8 +210,7 @@ def _dkv_step(
         seen = seen & valid[:, None]
     p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    if not PRODUCTS_FIRST:
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     dz = p * (dp - delta[None, :])
     dk = tl.dot((dz * slope).to(q.dtype), q, dk, input_precision=PRECISION)
     dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, ROWS_T, ROWS_G)), axis=3), axis=1) * slack
@@ -241,7 +238,6 @@ def _soft_mask_bwd_dkv_kernel(
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     ROUND_T: tl.constexpr, BLOCK_T: tl.constexpr, STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
-    PRODUCTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Program (block of keys, b * HK) writes dv, dfp and dfs of its pages, and dk but for the statistics."""
     pid_k = tl.program_id(0).to(tl.int64)
@@ -292,7 +288,7 @@ def _soft_mask_bwd_dkv_kernel(
             start_ptr, stride_qh, stride_qt, stride_doh, stride_dot, stride_start_t, heads, pid_bh, T,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, PRODUCTS_FIRST,
+            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK,
         )  # fmt: skip
         block = following
 
