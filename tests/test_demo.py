@@ -66,16 +66,19 @@ def test_a_trained_model_answers_beside_the_dense_one(capsys, monkeypatch, tmp_p
     folder = tmp_path / "pocket-lm-unique"
     shutil.copytree(demo.DEFAULT_MODEL, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["unique_attention"] = unique_hf.UniqueConfig(page_size=8, budget=64).to_dict()
+    config["unique_attention"] = unique_hf.UniqueConfig(page_size=8, budget=512).to_dict()
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(demo, "TRAINED_MODEL", folder)
     demo.main(["--context", "1200", "--facts", "4", "--out", str(tmp_path / "demo.png")])
     out = capsys.readouterr().out
-    assert "pages of 8" in out and "budget 64 tokens" in out
-    assert re.search(r"^question +expected +dense +unique +trained *$", out, re.MULTILINE)
-    found = {name: int(re.search(rf"{name}: (\d) of 4 right", out)[1]) for name in ("dense", "unique", "trained")}
+    assert re.search(r"unique  budget 7\d tokens .* pages of 4,", out), "the default settings"
+    # a page more than the three that are always kept
+    assert re.search(r"tight  budget 32 tokens .* pages of 8,", out)
+    assert re.search(r"^question +expected +dense +unique +tight +trained *$", out, re.MULTILINE)
+    arms = ("dense", "unique", "tight", "trained")
+    found = {name: int(re.search(rf"{name}: (\d) of 4 right", out)[1]) for name in arms}
     # the same weights and settings, so the same answers
-    assert found["dense"] == 4 and found["unique"] == found["trained"]
+    assert found["dense"] == 4 and found["tight"] == found["trained"]
 
 
 def test_users_own_text_is_answered(pocket, alone, capsys, tmp_path):
@@ -209,6 +212,7 @@ def test_budget_is_a_sixteenth_unless_the_default_is_less(pocket, model):
 
     assert demo.fit(model, task(20_000)).budget == 1024
     assert demo.fit(model, task(3_300)).budget == 204
+    assert demo.fit(model, task(3_300), share=64).budget == 48
     assert demo.fit(model, task(20)).budget == 16
 
 

@@ -31,13 +31,14 @@ from .text import read_text, topics
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = CHECKOUT / "models" / "pocket-lm"
 TRAINED_MODEL = CHECKOUT / "models" / "pocket-lm-unique"  # the default model after training through the soft mask
-# what both models must share, so that a difference between their answers comes from the training
+# what the model must have alike before and after training, so that a difference comes from the training
 SHARED = (
     "page_size", "budget", "sink_pages", "recent_pages", "score", "score_weight", "group_reduce", "stats_dtype",
     "super_page_size", "super_budget",
 )  # fmt: skip
-CONTEXT, FACTS, BATCH = 16640, 24, 8
+CONTEXT, FACTS, BATCH = 12544, 24, 8
 SHARE = 16  # the budget is at most one part in SHARE of the context
+TIGHT = 64  # and one part in TIGHT where a model is shown before and after training: at more, both are right
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,14 @@ def own_task(tokenizer: Any, path: str, questions: Sequence[str]) -> Task:
     return Task(ids, asked, question_ids, None, str(path))
 
 
-def fit(model: Any, task: Task) -> Any:
-    """Set the budget for the length of the context: the default one where it is small enough, else 1/16 of the text.
+def fit(model: Any, task: Task, share: int = SHARE) -> Any:
+    """Set the budget for the length of the context: the default one where it is small enough, else a part of the text.
 
     Args:
         model (`PreTrainedModel`): Its settings are changed.
         task (`Task`): The context.
+        share (`int`, *optional*, defaults to 16): The budget is at most one part in `share` of the context, and never
+            less than one page more than those that are always kept.
     Returns:
         `UniqueConfig`: The settings in force.
     Raises:
@@ -146,7 +149,7 @@ def fit(model: Any, task: Task) -> Any:
         )
     settings = configure(model)
     least = (settings.sink_pages + settings.recent_pages + 1) * settings.page_size
-    budget = min(settings.budget, max(least, length // SHARE // settings.page_size * settings.page_size))
+    budget = min(settings.budget, max(least, length // share // settings.page_size * settings.page_size))
     return configure(model, budget=budget)
 
 
@@ -159,10 +162,12 @@ def read(model: Any, task: Task, how: str) -> Any:
     return cache
 
 
-def answer(model: Any, tokenizer: Any, cache: Any, task: Task, attention: str) -> tuple[Arm, list[Any]]:
+def answer(
+    model: Any, tokenizer: Any, cache: Any, task: Task, attention: str, label: str | None = None
+) -> tuple[Arm, list[Any]]:
     """All answers of one way, in batches; for sdpa also the recorded queries of the last token of every question."""
     model.set_attn_implementation(attention)
-    print(f"{attention:>8}  ", end="", flush=True)
+    print(f"{label or attention:>8}  ", end="", flush=True)
     begin, texts, times, recordings = time.perf_counter(), [], [], []
     for start in range(0, len(task.questions), BATCH):
         ids = task.question_ids[start : start + BATCH]
@@ -209,6 +214,33 @@ def show_costs(counts: Report, dense: Arm, sparse: Arm, length: int, settings: A
         print(f"          all {length:,} tokens fit into the budget of {settings.budget:,}: everything was dense")
 
 
+def show_settings(name: str, settings: Any, length: int) -> None:
+    """Print a line of settings."""
+    print(
+        f"{name:>8}  budget {settings.budget:,} tokens (1/{length / settings.budget:.1f} of the text), pages of "
+        f"{settings.page_size}, score {settings.score!r}, vote {settings.group_reduce!r}, statistics in "
+        f"{settings.stats_dtype}"
+    )
+
+
+def before_and_after(model: Any, tokenizer: Any, cache: Any, task: Task) -> dict[str, Arm]:
+    """Few and larger pages, as the trained model was trained for: the model without that training, and with it."""
+    trained, _ = load_model(str(TRAINED_MODEL))
+    chosen = fit(trained, task, TIGHT)
+    configure(model, **{name: getattr(chosen, name) for name in SHARED})
+    for layer in cache.layers:
+        # the context stays, its pages change
+        layer.index.forget()
+        layer.index.wake(chosen)
+        layer.index.refresh(layer.keys, None, None)
+    show_settings("tight", chosen, len(task.input_ids))
+    before, _ = answer(model, tokenizer, cache, task, "unique", "tight")
+    print(f" trained  {TRAINED_MODEL.name}: the same model after training through the soft mask, settings of tight")
+    own = read(trained, task, "again, by the trained model")
+    after, _ = answer(trained, tokenizer, own, task, "unique", "trained")
+    return {"tight": before, "trained": after}
+
+
 def run(args: argparse.Namespace) -> None:
     """The demo with parsed arguments."""
     begin = time.perf_counter()
@@ -217,18 +249,10 @@ def run(args: argparse.Namespace) -> None:
         task = own_task(tokenizer, args.text, args.ask)
     else:
         task = built_in_task(tokenizer, args.context, args.facts, args.seed)
-    trained, settings = None, fit(model, task)
-    if args.model is None and (TRAINED_MODEL / "config.json").is_file():
-        trained, _ = load_model(str(TRAINED_MODEL))
-        chosen = fit(trained, task)
-        settings = configure(model, **{name: getattr(chosen, name) for name in SHARED})
+    settings = fit(model, task)
     length = len(task.input_ids)
     print(f"    text  {task.source}: {length:,} tokens")
-    print(
-        f"  unique  budget {settings.budget:,} tokens (1/{length / settings.budget:.1f} of the text), pages of "
-        f"{settings.page_size}, score {settings.score!r}, vote {settings.group_reduce!r}, statistics in "
-        f"{settings.stats_dtype}"
-    )
+    show_settings("unique", settings, length)
     cache = read(model, task, "once, exactly, for both")
     print(
         "  answer  from copies of that cache, unique reading the questions token by token; a dot is a step of all rows"
@@ -236,13 +260,11 @@ def run(args: argparse.Namespace) -> None:
     dense, recordings = answer(model, tokenizer, cache, task, "sdpa")
     report(model, reset=True)
     sparse, _ = answer(model, tokenizer, cache, task, "unique")
-    arms = {"dense": dense, "unique": sparse}
-    if trained is not None:
-        print(f" trained  {TRAINED_MODEL.name}: the same model after training through the soft mask, same settings")
-        own = read(trained, task, "again, by the trained model")
-        arms["trained"], _ = answer(trained, tokenizer, own, task, "unique")
+    counts, arms = report(model), {"dense": dense, "unique": sparse}
+    if args.model is None and args.text is None and (TRAINED_MODEL / "config.json").is_file():
+        arms |= before_and_after(model, tokenizer, cache, task)
     show_answers(task, arms)
-    show_costs(report(model), dense, sparse, length, settings, model.device.type)
+    show_costs(counts, dense, sparse, length, settings, model.device.type)
     if args.text is None or args.out is not None:
         path = Path(args.out or "build/demo.png")
         draw(sharpest_view(recordings, cache, settings), path, settings.page_size)
@@ -255,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m unique_hf.demo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--model",
-        help="folder or Hub id (default: models/pocket-lm of the checkout, and pocket-lm-unique beside it if there)",
+        help="folder or Hub id (default: the pocket models of the checkout; with --text only the dense one)",
     )
     parser.add_argument("--text", metavar="FILE", help="ask about this text file instead of the built-in one")
     parser.add_argument("--ask", action="append", metavar="QUESTION", help="with --text; may be given several times")
