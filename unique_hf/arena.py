@@ -156,7 +156,7 @@ def _specs(layer: Any, capacity: int) -> list[Spec | None]:
         Spec((*tensor.shape[:2], capacity, tensor.shape[3]), tensor.dtype) for tensor in (layer.keys, layer.values)
     ]
     for level in layer.index.levels:
-        pages = level.pages(capacity)
+        pages = level.room(capacity)
         for tensor in level.stats:
             if tensor is None:
                 found.append(None)

@@ -80,7 +80,6 @@ def test_a_prefix_used_again_under_other_settings_is_as_good_as_a_prompt():
             found = model.generate(ids, past_key_values=cache, **steps)
         expected = model.generate(ids, past_key_values=alone, **steps)
         found, expected = (torch.stack(x.logits) for x in (found, expected))
-        print(setting, (found-expected).abs().amax((1,2)))
         torch.testing.assert_close(found, expected)
         cache.crop(context - cache.get_seq_length())
         for layer, (keys, values) in zip(cache.layers, before):

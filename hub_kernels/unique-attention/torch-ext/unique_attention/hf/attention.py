@@ -10,10 +10,11 @@ import torch
 from .. import ops
 from ..settings import UniqueConfig
 from . import activity, modes, soft
-from .cache import UniqueDynamicLayer, UniqueStaticLayer, layer_of
+from .cache import UniqueDynamicLayer, UniqueStaticLayer
 from .dense import dense_attention
 from .masks import MaskFacts, facts_of, unique_mask
 from .modes import DENSE, PREFILL, SOFT, SPARSE, Mode, decide
+from .pages import layer_of
 from .settings import settings_of
 
 # what Transformers looks for in a Hub kernel, beside `flash_attn_forward`

@@ -16,21 +16,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .. import ops
 from ..settings import UniqueConfig
-from .pages import PageIndex, spare_capacity, wait_for_readers, writable
+from .pages import PageIndex, spare_capacity, tag, wait_for_readers, writable
 from .settings import settings_of
-
-
-def tag(tensor: torch.Tensor, layer: UniqueDynamicLayer | UniqueStaticLayer) -> torch.Tensor:
-    """A fresh view of a cached tensor that names its layer (tagging the stored tensor itself would make a cycle)."""
-    view = tensor.view_as(tensor)
-    view._unique_layer = layer
-    return view
-
-
-def layer_of(key: torch.Tensor, value: torch.Tensor) -> UniqueDynamicLayer | UniqueStaticLayer | None:
-    """The cache layer that handed out both tensors, or `None` where a model changed one of them after the update."""
-    layer = getattr(key, "_unique_layer", None)
-    return layer if layer is not None and getattr(value, "_unique_layer", None) is layer else None
 
 
 class UniqueDynamicLayer(DynamicLayer):
@@ -50,7 +37,7 @@ class UniqueDynamicLayer(DynamicLayer):
         self.fixed_lens: torch.Tensor | None = None
         self.counters: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
-        # pairs of keys and values, or `None`: memory with spare room, and the views of it last shown as keys, values
+        # pairs of keys and values, or `None`: memory with spare room, and what was last shown as keys and values
         self._buffers: Any = None
         self._views: Any = None
         if settings is not None:
@@ -101,8 +88,16 @@ class UniqueDynamicLayer(DynamicLayer):
 
     def _owns_buffers(self) -> bool:
         # whoever assigns `keys` directly (parent methods, models, users) thereby ends the use of the buffer
-        views = self._views
-        return views is not None and views[0] is self.keys and views[1] is self.values and writable(self._buffers[0])
+        return self._buffers is not None and self._unchanged() and writable(self._buffers[0])
+
+    def _unchanged(self) -> bool:
+        return self._views is None or (self._views[0] is self.keys and self._views[1] is self.values)
+
+    def _notice(self) -> None:
+        """Where somebody assigned the tensors, what the pages hold is not known any more."""
+        if not self._unchanged():
+            self.index.forget()
+            self._drop_buffers()
 
     def _suits(self, *new: torch.Tensor) -> bool:
         # buffers that were brought for an empty layer may be meant for another batch
@@ -112,7 +107,7 @@ class UniqueDynamicLayer(DynamicLayer):
         )
 
     def _drop_buffers(self) -> None:
-        self._buffers = self._views = None
+        self._buffers, self._views = None, (self.keys, self.values)
 
     def _show(self, length: int) -> None:
         keys, values = self._buffers
@@ -135,9 +130,7 @@ class UniqueDynamicLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         end = length + key_states.shape[2]
-        if self._views is not None and (self._views[0] is not self.keys or self._views[1] is not self.values):
-            # somebody assigned the tensors: what the pages hold is not known any more
-            self.index.forget()
+        self._notice()
         if not self._owns_buffers() or self._buffers[0].shape[2] < end or not self._suits(key_states, value_states):
             self._reserve(key_states, value_states, spare_capacity(end, self.index.settings.page_size))
         self._buffers[0][:, :, length:end].copy_(key_states)
@@ -195,6 +188,7 @@ class UniqueDynamicLayer(DynamicLayer):
                 f"expected a layer that unique attention has read, with 1 to {capacity} tokens; got {length} tokens, "
                 f"{'awake' if index.settings else 'asleep'}: run the prefill first, or raise `capacity`"
             )
+        self._notice()
         page_size = index.settings.page_size
         capacity = math.ceil(capacity / page_size) * page_size
         index.refresh(self.keys, None, index.seq_starts)
@@ -250,10 +244,13 @@ class UniqueDynamicLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens at the end; the sign rule is the parent's and depends on the version of Transformers."""
+        self._notice()
         owned = self._owns_buffers()
         super().crop(tokens_to_remove)
         if owned:
             self._show(self.keys.shape[2])
+        elif not self._unchanged():
+            self._drop_buffers()
         self.index.shorten(self.get_seq_length())
 
     def reset(self) -> None:
@@ -261,20 +258,23 @@ class UniqueDynamicLayer(DynamicLayer):
         super().reset()
         self.index.clear()
         if self.index.settings is not None:
-            self._drop_buffers()
-            self.keys = self.values = None
+            self.keys = self.values = self._buffers = self._views = None
             self.is_initialized = False
 
     def offload(self) -> None:
         """Move keys and values to the CPU; the statistics are small and stay where they are used."""
-        super().offload()
-        if self._views is not None and self._views[0] is not self.keys:
-            self._drop_buffers()
+        self._moved(super().offload)
 
     def prefetch(self) -> None:
         """Move keys and values back to the device."""
         wait_for_readers(self)
-        super().prefetch()
+        self._moved(super().prefetch)
+
+    def _moved(self, move: Callable[[], None]) -> None:
+        self._notice()
+        move()
+        if not self._unchanged():
+            self._drop_buffers()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -301,12 +301,13 @@ class UniqueDynamicLayer(DynamicLayer):
         length = self.get_seq_length()
         if length == 0:
             return
+        self._notice()
         if self._owns_buffers():
             self._buffers = (select(self._buffers[0]), select(self._buffers[1]))
             self._show(length)
         else:
-            self._drop_buffers()
             self.keys, self.values = select(self.keys), select(self.values)
+            self._drop_buffers()
         self.index.select_rows(select)
 
 

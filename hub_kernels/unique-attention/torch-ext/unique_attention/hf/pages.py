@@ -1,4 +1,7 @@
-"""What a cache layer knows beside keys and values: settings, page statistics, padding. Imports torch and `..ops`."""
+"""What a cache layer knows beside keys and values: settings, page statistics, padding. Imports torch and `..ops`.
+
+Views that a layer hands out name it, so that attention finds what it knows.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from ..settings import UniqueConfig
 # over the bare cache at 3 %, and copies 32 tokens per appended one: little beside the `budget` tokens each step reads
 GROWTH = 32
 MIN_SPARE = 256
+# storage holds a multiple of so many pages: kernels are compiled for the alignment of its strides
+ALIGN_PAGES = 16
 
 
 def spare_capacity(length: int, page_size: int) -> int:
@@ -35,6 +40,19 @@ def writable(tensor: torch.Tensor) -> bool:
         # not traceable, and compiled steps stay in the mode they were traced in
         return True
     return torch.is_inference_mode_enabled() or not tensor.is_inference()
+
+
+def tag(tensor: torch.Tensor, layer: Any) -> torch.Tensor:
+    """A fresh view of a cached tensor that names its layer (tagging the stored tensor itself would make a cycle)."""
+    view = tensor.view_as(tensor)
+    view._unique_layer = layer
+    return view
+
+
+def layer_of(key: torch.Tensor, value: torch.Tensor) -> Any:
+    """The cache layer that handed out both tensors, or `None` where a model changed one of them after the update."""
+    layer = getattr(key, "_unique_layer", None)
+    return layer if layer is not None and getattr(value, "_unique_layer", None) is layer else None
 
 
 def map_rows(tensor: torch.Tensor, select: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -134,11 +152,15 @@ class PageIndex:
         """Pages that hold `slots` slots."""
         return math.ceil(slots / self.settings.page_size)
 
+    def room(self, slots: int) -> int:
+        """Pages to provide for `slots` slots: a multiple of 16."""
+        return math.ceil(self.pages(slots) / ALIGN_PAGES) * ALIGN_PAGES
+
     def reserve(self, slots: int) -> None:
         """Make room for the statistics of `slots` slots, keeping those that exist."""
         if self.upper is not None:
             self.upper.reserve(slots)
-        old, num_pages = self.stats, self.pages(slots)
+        old, num_pages = self.stats, self.room(slots)
         if old is None or (old.spread.shape[2] >= num_pages and writable(old.spread)):
             return
         kept = min(old.spread.shape[2], num_pages)
@@ -190,10 +212,12 @@ class PageIndex:
             kwargs.update(seq_starts=seq_starts, token_mask=token_mask)
             if self.stats is None:
                 self.stats = ops.page_stats(keys, **kwargs)
+                self.reserve(length)
             else:
                 if self.stats.spread.shape[2] < self.pages(length) or not writable(self.stats.spread):
                     self.reserve(spare_capacity(length, settings.page_size))
-                ops.page_stats(keys, **kwargs, num_new=length - fresh, out=self.first(length))
+                # storage that came empty is filled by the same kernel as one that is made here
+                ops.page_stats(keys, **kwargs, num_new=length - fresh if fresh else None, out=self.first(length))
             self.built_with = (settings.page_size, settings.score, settings.stats_dtype)
             self.covered = length
         if self.upper is not None:
