@@ -27,7 +27,7 @@ import torch
 from transformers import DynamicCache
 
 import unique_hf
-from benchmarks.environment import RESULTS, write_results
+from benchmarks.environment import RESULTS, environment, write_results
 from benchmarks.harness import build, dense_ms, free, generate, kv_bytes, peak, prefix, replay_ms, sync, weight_bytes
 from unique_hf import UniqueConfig, capture, deferred
 
@@ -255,6 +255,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.smoke:
         parser.error("no CUDA device: run on a GPU, or with --smoke")
+    # beside each row, since rows of another revision may be kept in one file with these
+    revision = environment()["revision"]
     begin, rows, built, model = time.perf_counter(), [], None, None
     for name, job in jobs:
         kind = job.func.__name__.removesuffix("_rows").replace("_", " ")
@@ -265,7 +267,8 @@ def main():
                 continue
             job = functools.partial(profile, **job.keywords)
         if time.perf_counter() - begin > args.seconds:
-            rows.append({"kind": kind, "model": name, **job.keywords, "skipped": f"after {args.seconds:.0f} s"})
+            late = {"revision": revision, "skipped": f"after {args.seconds:.0f} s"}
+            rows.append({"kind": kind, "model": name, **job.keywords, **late})
             continue
         if name != built:
             model = None
@@ -278,7 +281,7 @@ def main():
         capture.release(model)
         free()
         for row in found:
-            row["at_s"] = round(time.perf_counter() - begin, 1)
+            row |= {"revision": revision, "at_s": round(time.perf_counter() - begin, 1)}
             print(row, flush=True)
         rows += found
         if not (args.smoke or args.profile):

@@ -61,23 +61,29 @@ def super_pages(row: dict) -> tuple[int, int] | None:
 
 
 def generate_table() -> list[str]:
-    """One row per model, batch and context, at the settings that were the default then."""
+    """One row per model, batch and context that the newest revision measured, each setting in a column of its own."""
     results = load("generate_h200.json")
+    revision = results["environment"]["revision"]
+    measured = [row for row in results["rows"] if row["revision"] == revision and "ms" in row]
+    cases = dict.fromkeys((row["model"], row["batch"], row["context"]) for row in measured)
+    forms = {row["settings"]: (row["page_size"], row["stats_dtype"], row["budget"]) for row in measured}
+    said = "; ".join(f"{name}: pages of {p}, {stored}, budget {n:,}" for name, (p, stored, n) in forms.items())
     lines = [
-        "`generate` end to end (random weights of Qwen3 shape, bf16, greedy; pages of 4, fp8, budget 1,024, "
-        "the defaults when measured; dense is SDPA captured the same "
-        "way in the same run; the vLLM figure is a stored one of the same GPU type, not of this run):",
+        f"`generate` end to end, ms/token (random weights of Qwen3 shape, bf16, greedy; {said}; in brackets the graph "
+        "alone, without the Python loop; SDPA captured the same way in the same run; the vLLM figure is a stored one "
+        f"of the same GPU type, not of this run; revision {revision[:7]}):",
         "",
-        "| model | batch x context | unique ms/token | SDPA ms/token | vLLM 0.24 dense (stored) |",
-        "|---|---|---|---|---|",
+        f"| model | batch x context | {' | '.join(forms)} | SDPA | vLLM 0.24 dense (stored) |",
+        f"|---|---|{'---|' * len(forms)}---|---|",
     ]
-    for row in results["rows"]:
-        if row["kind"] == "decode" and row.get("settings") == "default":
-            stored = row["vllm_dense_ms_stored"]
-            lines.append(
-                f"| {row['model']} | {row['batch']} x {row['context']:,} | {row['ms']:.1f} | {row['dense_ms']:.1f} | "
-                f"{'-' if stored is None else f'{stored:.1f}'} |"
-            )
+    for model, batch, context in cases:
+        case = (model, batch, context)
+        rows = {r["settings"]: r for r in measured if (r["model"], r["batch"], r["context"]) == case}
+        cells = [f"{row['ms']:.2f} ({row['replay_ms']:.2f})" if (row := rows.get(name)) else "-" for name in forms]
+        first = next(iter(rows.values()))
+        dense = [first.get("dense_ms"), first["vllm_dense_ms_stored"]]
+        cells += ["-" if ms is None else f"{ms:.1f}" for ms in dense]
+        lines.append(f"| {model} | {batch} x {context:,} | {' | '.join(cells)} |")
     return lines
 
 
