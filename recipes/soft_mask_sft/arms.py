@@ -122,6 +122,7 @@ def add_options(parser):
     parser.add_argument("--minutes", type=float, default=1e6, help="no arm starts that would not end by then")
     parser.add_argument("--estimate", type=float, default=110, help="seconds an arm is expected to take")
     parser.add_argument("--per-gpu", type=int, default=2, help="arms at a time on one GPU")
+    parser.add_argument("--revision", default="unknown", help="git revision to note in the results")
 
 
 def parse_args():
@@ -144,7 +145,6 @@ def parse_args():
     parser.add_argument(
         "--split", choices=("validation", "test"), default="test", help="facts asked; tune on the first"
     )
-    parser.add_argument("--revision", default="unknown", help="git revision to note in the results")
     return parser.parse_args()
 
 

@@ -141,9 +141,8 @@ def main():
                 continue
             found = [{"schedule": name, **row} for row in future.result()]
             rows += found
-            (args.out / "tune.json").write_text(
-                json.dumps({"environment": environment(), "rows": rows, "schedules": SCHEDULES}, indent=1) + "\n"
-            )
+            results = {"environment": environment(), "revision": args.revision, "rows": rows, "schedules": SCHEDULES}
+            (args.out / "tune.json").write_text(json.dumps(results, indent=1) + "\n")
             print(f"== {name}: {found or 'no time left'} after {time.time() - began:.0f} s", flush=True)
     for page_size in args.page_sizes:
         print("\n" + report(rows, page_size))
