@@ -19,29 +19,38 @@ MODULES = [
     importlib.import_module(f"unique_attention.{name}")
     for name in ("page_stats", "page_score", "page_select", "sparse_decode", "unique_decode")
 ]
-# page size, storage, score, head dim, batch, context: many rows and few, every storage, an odd head dim
+# page size, storage, score, head dim, batch, context, super-page: many rows and few, every storage, an odd head dim
 CASES = [
-    (4, "int4", "scalar", 128, 80, 32768),
-    (8, "bf16", "scalar", 128, 80, 32768),
-    (16, "int8", "scalar", 128, 1, 131072),
-    (4, "fp8", "scalar", 128, 1, 16384),
-    (4, "fp32", "minmax", 256, 16, 8192),
-    (8, "int4", "absolute", 80, 2, 8192),
-    (4, "int4", "diagonal", 128, 16, 8192),
+    (4, "int4", "scalar", 128, 80, 32768, None),
+    (8, "bf16", "scalar", 128, 80, 32768, None),
+    (16, "int8", "scalar", 128, 1, 131072, None),
+    (4, "fp8", "scalar", 128, 1, 16384, None),
+    (4, "fp32", "minmax", 256, 16, 8192, None),
+    (8, "int4", "absolute", 80, 2, 8192, None),
+    (4, "int4", "diagonal", 128, 16, 8192, None),
+    (4, "int4", "scalar", 128, 80, 32768, 16),
+    (4, "int4", "scalar", 128, 1, 32768, 32),
 ]
 
 
-def step(page_size, stats_dtype, score, dim, batch, context):
+def step(page_size, stats_dtype, score, dim, batch, context, super_page_size):
     """Statistics of a prefill, then one decode step, on meta tensors."""
     k, v = (torch.empty(batch, 8, context, dim, dtype=torch.bfloat16, device="meta") for _ in "kv")
     q = torch.empty(batch, 32, 1, dim, dtype=torch.bfloat16, device="meta")
     lens = torch.empty(batch, dtype=torch.int32, device="meta")
     new = tuple(torch.empty(batch, 8, 1, dim, dtype=torch.bfloat16, device="meta") for _ in "kv")
-    config = UniqueConfig(page_size=page_size, budget=512, stats_dtype=stats_dtype, score=score)
+    config = UniqueConfig(
+        page_size=page_size, budget=512, stats_dtype=stats_dtype, score=score, super_page_size=super_page_size
+    )  # fmt: skip
     names = {"page_size": page_size, "score": score, "stats_dtype": stats_dtype}
     stats = ops.empty_stats((batch, 8, context // page_size), dim, score=score, stats_dtype=stats_dtype, device="meta")
     ops.page_stats(k, **names, seq_lens=lens, out=stats, impl="triton")
-    ops.unique_decode(q, k, v, stats, config=config, seq_lens=lens, new=new, impl="triton")
+    upper = None
+    if super_page_size is not None:
+        upper = ops.empty_stats(
+            (batch, 8, context // super_page_size), dim, score=score, stats_dtype=stats_dtype, device="meta"
+        )
+    ops.unique_decode(q, k, v, stats, config=config, seq_lens=lens, new=new, super_stats=upper, impl="triton")
 
 
 def registers_and_stack(kernel, tmp_path):
@@ -75,4 +84,4 @@ def test_decode_chain_compiles_within_its_budget(case, target, tmp_path):
         if target == "cuda:90":
             registers, stack = registers_and_stack(kernel, tmp_path)
             assert stack == 0, f"{kernel.metadata.name} spills: {registers} registers, {stack} bytes of stack"
-    assert {"_page_stats_fwd_kernel", "_unique_score_fwd_kernel", "_unique_decode_fwd_kernel"} <= names
+    assert names == {"_page_stats_fwd_kernel", "_page_score_fwd_kernel", "_unique_decode_fwd_kernel"}
