@@ -262,7 +262,7 @@ class DecodeStep:
         mode, same = self._mode(poison=True), False
         try:
             same = deferred.same_outputs(outputs[1], self._again(mode)[1])
-        except (RuntimeError, ValueError, TypeError) as error:
+        except module.FAILURES as error:
             logging.get_logger("transformers.unique_attention").warning(
                 f"unique attention: {type(self._model).__name__} is recorded launch by launch: {error}"
             )

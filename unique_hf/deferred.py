@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ def _plain(*tensors: Any) -> bool:
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_contiguous() for t in tensors)
 
 
+def _parameters(*tensors: Any) -> bool:
+    """Whether all are ordinary parameters, which no launch of a step writes, or `None`."""
+    return all(t is None or (type(t) is torch.nn.Parameter and t.is_contiguous()) for t in tensors)
+
+
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -95,6 +101,7 @@ class Deferred(TorchFunctionMode):
         self.module, self.poison = module, poison
         # launches made, by kind
         self.counts: Counter[str] = Counter()
+        self._thread = 0
         self._waiting: list[Any] = []
         self._rules: dict[Any, Callable[..., Any]] = {F.linear: self._on_linear, F.silu: self._on_silu}
         for functions, rule in ((_MUL, self._on_mul), (_ADD, self._on_add), (_NORM, self._on_norm)):
@@ -109,6 +116,15 @@ class Deferred(TorchFunctionMode):
                 return out
             self.flush()
         return func(*args, **kwargs)
+
+    def __enter__(self) -> Deferred:
+        self._thread = threading.get_ident()
+        super().__enter__()
+        return self
+
+    def here(self) -> bool:
+        """Whether the calling thread is the one whose launches wait here; others use the same modules."""
+        return self._thread == threading.get_ident()
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         super().__exit__(kind, value, trace)
@@ -156,7 +172,8 @@ class Deferred(TorchFunctionMode):
     # --- rules: the result, or `None` for torch's own way after everything that waits ---
 
     def _on_linear(self, input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
-        if not _plain(input, weight) or (bias is not None and not _plain(bias)) or torch.is_grad_enabled():
+        # weights are read before the launch in front has ended, so nothing on its way may be one
+        if not _plain(input) or torch.is_grad_enabled() or not _parameters(weight, bias):
             return None
         width = input.shape[-1] if input.dim() else 0
         fits = weight.dim() == 2 and weight.shape[1] == width and width % 8 == 0 and weight.data_ptr() % 16 == 0
@@ -209,7 +226,9 @@ class Deferred(TorchFunctionMode):
         return None
 
     def _on_norm(self, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> torch.Tensor | None:
-        if eps is None or not _plain(input, weight) or weight.dtype != input.dtype or input.dtype not in DTYPES:
+        if eps is None or not _plain(input) or weight is None or not _parameters(weight):
+            return None
+        if weight.dtype != input.dtype or input.dtype not in DTYPES:
             return None
         if weight.shape != input.shape[-1:] or tuple(normalized_shape) != tuple(weight.shape):
             return None

@@ -32,7 +32,8 @@ def fingerprint(model: torch.nn.Module) -> int:
             if key in _BASE:
                 continue
             if type(value) in _PLAIN:
-                parts += [key, value]
+                # -1 and -2 have the same hash
+                parts += [key, str(value) if type(value) is int else value]
             elif key in ("forward", "config"):
                 parts += [key, id(value)]
             elif isinstance(value, (int, float, str, list, tuple, set)) or (

@@ -73,7 +73,7 @@ def _rotate(original: Any, fast: Any, deferred: Deferred | None, q: Any, k: Any,
     plain = not more and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3 and q.shape[-1] % 2 == 0
     same = len({(x.dtype, x.shape[-1]) for x in tensors}) == 1 and all(x.stride(-1) == 1 for x in tensors)
     if plain and same and cos.shape == sin.shape and cos.shape[1] == q.shape[2] == k.shape[2]:
-        return fast(*tensors) if deferred is None else deferred.rotate(fast, *tensors)
+        return deferred.rotate(fast, *tensors) if deferred is not None and deferred.here() else fast(*tensors)
     return original(*tensors, **more)
 
 

@@ -58,8 +58,13 @@ class CudaGraph:
             `Callable`: Makes the stream that is then current wait for it.
         """
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            work()
+        try:
+            with torch.cuda.stream(self.stream):
+                work()
+        except BaseException:
+            # what did start uses memory that the caller is about to free
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            raise
         done = self.stream.record_event()
         return lambda: torch.cuda.current_stream(self.device).wait_event(done)
 

@@ -137,5 +137,8 @@ def test_settings_and_statistics_must_agree(impl):
             *(t[n] for n in "qkv"), stats, super_stats=few, page_table=torch.zeros(2, 4, dtype=torch.int32), **call
         )
     if impl == "triton":
+        many = case.config.replace(budget=65536, super_page_size=32)
+        with pytest.raises(NotImplementedError, match="16384 pages one by one"):
+            ops.unique_decode(*(t[n] for n in "qkv"), stats, super_stats=stats, **(call | {"config": many}))
         with pytest.raises(ValueError, match="too few"):
             ops.unique_decode(*(t[n] for n in "qkv"), stats, super_stats=few, **call)

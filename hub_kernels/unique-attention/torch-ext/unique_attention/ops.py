@@ -263,8 +263,9 @@ def unique_decode(
     Raises:
         ValueError: shapes or dtypes do not fit.
 
-    Numerics: as the parts; deterministic; lengths stay on the device; graph-safe. Two launches, one more to append
-    where rows are many, two more for votes that need the best score of each head, and a fill without `counters`.
+    Numerics: as the parts; deterministic; lengths stay on the device; graph-safe. Two launches; one where no
+    row can have more pages than it attends to; four or five for votes that need the best score of each head; and a
+    fill without `counters`.
     """
     score, upper = config.score, config.upper
     if new is not None and seq_lens is None:

@@ -326,6 +326,15 @@ def plan_selection(num_pages: int, num_scored: int) -> SelectPlan:
     return SelectPlan(group_size, groups, tile, num_peaks <= tile)
 
 
+def check_listed(num_supers: int, ratio: int):
+    """Refuses more super-pages, of `ratio` pages each, than a program can search page by page."""
+    if num_supers and triton.next_power_of_2(num_supers) * ratio > MAX_CANDIDATES:
+        raise NotImplementedError(
+            f"the Triton selection searches at most {MAX_CANDIDATES} pages one by one, got {num_supers} super-pages "
+            f"of {ratio}; use a smaller `super_budget`, a larger `page_size`, or impl='reference'."
+        )
+
+
 def write_peaks(scores, peaks, plan, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts):
     """Fills `peaks [B, HK, groups]` from `scores [B, HK, N]`."""
     batch, num_kv_heads, num_pages = scores.shape

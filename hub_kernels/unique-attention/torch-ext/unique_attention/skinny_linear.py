@@ -9,9 +9,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from ._common import target_of
 
+# what a launch of these kernels raises where they do not fit
+FAILURES = (RuntimeError, ValueError, TypeError, TritonError)
 # rows of one tile of the tensor cores; more tokens are what cuBLAS is good at
 MAX_ROWS = 16
 

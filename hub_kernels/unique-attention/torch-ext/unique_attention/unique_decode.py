@@ -14,7 +14,7 @@ import triton.language as tl
 from ._common import FP8, row_length, row_start, target_of
 from ._page_dot import prepare_group, score_pages
 from .page_score import Appending, launch_scores, page_scores, plan_scoring, stats_arguments
-from .page_select import list_all, plan_selection, select_listed, select_row, write_peaks
+from .page_select import check_listed, list_all, plan_selection, select_listed, select_row, write_peaks
 from .page_stats import append_row, append_tokens, write_token
 from .sparse_decode import attend_pages, capacity_of, finish_row, launch_decode, plan_attention, row_bytes, split_of
 
@@ -223,6 +223,7 @@ class Scratch(NamedTuple):
 def _scratch(rows, splits, num_scored, selection, upper, ratio, device) -> Scratch:
     """`num_scored` scores of the first level and their peaks; groups, kept super-pages and scores of their pages."""
     kept = upper.num_kept if upper is not None else 0
+    check_listed(kept, ratio)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=device)
