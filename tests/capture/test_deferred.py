@@ -1,6 +1,7 @@
 """Linear layers that wait for what comes next: how many launches are left, the same numbers, and what ends waiting."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def rotary(q, k, cos, sin, norms=None, eps=(0.0, 0.0)):
 class Kernel:
     """Stands in for the module of the kernel."""
 
-    skinny_linear, MAX_ROWS = staticmethod(linear), 16
+    skinny_linear, MAX_ROWS, FAILURES = staticmethod(linear), 16, (RuntimeError,)
 
     @staticmethod
     def rms_norm(x, weight, eps, out):
@@ -85,8 +86,12 @@ def test_a_layer_takes_seven_launches_beside_its_attention(architecture, rotatio
     assert counts_of(model, inputs, expected) == counts | {"norm": 2 * layers + 1, "1 linear": 1}
 
 
+def weights(*shape):
+    return torch.nn.Parameter(torch.randn(shape), requires_grad=False)
+
+
 def test_whatever_is_not_known_ends_waiting():
-    x, w, u = torch.randn(2, 1, 16), torch.randn(24, 16), torch.randn(24, 16)
+    x, w, u, ones = torch.randn(2, 1, 16), weights(24, 16), weights(24, 16), torch.nn.Parameter(torch.ones(8))
     a, b = F.linear(x, w), F.linear(x, u)
     mode = Deferred(Kernel, poison=True)
     with torch.no_grad(), mode:
@@ -110,12 +115,45 @@ def test_whatever_is_not_known_ends_waiting():
         act = F.silu(F.linear(x, w))
         torch.testing.assert_close(act * F.linear(x + 1, u), F.silu(a) * F.linear(x + 1, u))
         torch.testing.assert_close(F.linear(x.double(), w.double()).float(), a)
-        norm = F.rms_norm(F.linear(x, w).view(2, 1, 3, 8), (8,), torch.ones(8), 1e-6)
-        torch.testing.assert_close(norm, F.rms_norm(a.view(2, 1, 3, 8), (8,), torch.ones(8), 1e-6))
+        norm = F.rms_norm(F.linear(x, w).view(2, 1, 3, 8), (8,), ones, 1e-6)
+        torch.testing.assert_close(norm, F.rms_norm(a.view(2, 1, 3, 8), (8,), ones, 1e-6))
+        assert mode.counts["1 linear"] > 5 and mode.counts["2 linear"], "they waited"
         many = torch.randn(17, 16)
         mode.counts.clear()
         F.linear(many, w)
         assert not mode.counts, "many rows are cuBLAS's"
+
+
+def test_only_parameters_are_weights_of_what_waits():
+    # the kernels read weights before the launch in front of them has ended
+    x, w, bias, norm = torch.randn(2, 16), weights(24, 16), weights(24), weights(16)
+    for waits, call in (
+        (True, lambda: F.linear(x, w)),
+        (True, lambda: F.linear(x, w, bias)),
+        (False, lambda: F.linear(x, w + 0)),
+        (False, lambda: F.linear(x, w, bias + 0)),
+        (True, lambda: F.rms_norm(x, (16,), norm, 1e-6)),
+        (False, lambda: F.rms_norm(x, (16,), norm + 0, 1e-6)),
+    ):
+        expected, mode = call(), Deferred(Kernel)
+        with torch.no_grad(), mode:
+            found = call()
+        torch.testing.assert_close(found, expected)
+        assert bool(mode.counts) == waits
+
+
+def test_other_threads_do_not_touch_what_waits():
+    waiting, x, w = Deferred(Kernel, poison=True), torch.randn(2, 1, 16), weights(24, 16)
+    q, k, turn = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 8)
+    with torch.no_grad(), waiting:
+        late = F.linear(x, w)
+        thread = threading.Thread(target=parts._rotate, args=(None, rotary, waiting, q, k, turn, turn))
+        thread.start()
+        thread.join()
+        assert not waiting.counts
+        parts._rotate(None, rotary, waiting, q, k, turn, turn)
+        assert waiting.counts["1 linear"] == 1
+    torch.testing.assert_close(late, F.linear(x, w))
 
 
 class Fusing(Replayed):
