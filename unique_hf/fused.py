@@ -119,8 +119,8 @@ def fused(model: torch.nn.Module, deferred: Deferred | None = None) -> Iterator[
     Yields:
         `tuple`: How many norms and how many rotations do. Waits for the device once per kind of each.
 
-    Numerics: norms in fp32 as in the modules, with one rounding of the result instead of two; rotations round as the
-    original does.
+    Numerics: norms in fp32 as in the modules, rounded once, or before and after the weight while linear layers wait;
+    rotations round as the original does.
     """
     kinds: dict[Any, bool] = {}
     norms, rotations = [], []

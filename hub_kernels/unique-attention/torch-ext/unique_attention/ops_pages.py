@@ -57,7 +57,8 @@ def page_stats(
     Raises:
         ValueError: bad page size, score, storage or dtype; `num_new` without `out`.
 
-    Numerics: float32 accumulation, two passes; deterministic; reads each key once; graph-safe.
+    Numerics: float32 sums of distances from the first token that counts, in one pass; deterministic; reads each key
+    once; graph-safe.
     """
     check_page_size(page_size)
     check_choice("score", score, SCORES)
