@@ -62,7 +62,10 @@ def tiles(rows: int, depth: int) -> list[LinearLaunch]:
     if rows == 1:
         found = [(1, n, k, 1, w) for n, k, w in itertools.product((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8))]
     else:
-        found = [(16, n, k, s, w) for n, k, s, w in itertools.product((16, 32, 64), (64, 128, 256, 512), (3, 4, 6, 8), (2, 4))]
+        found = [
+            (16, n, k, s, w)
+            for n, k, s, w in itertools.product((16, 32, 64), (64, 128, 256, 512), (3, 4, 6, 8), (2, 4))
+        ]
     return [LinearLaunch(*x) for x in found if x[2] <= depth and 2 * (x[1] + x[0]) * x[2] * x[3] <= 160 << 10]
 
 

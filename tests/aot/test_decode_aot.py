@@ -84,6 +84,11 @@ def test_decode_chain_compiles_within_its_budget(case, target, tmp_path):
         if target == "cuda:90":
             registers, stack = registers_and_stack(kernel, tmp_path)
             assert stack == 0, f"{kernel.metadata.name} spills: {registers} registers, {stack} bytes of stack"
-    chain = {"_page_stats_fwd_kernel", "_page_score_fwd_kernel", "_page_select_fwd_kernel", "_sparse_decode_fwd_kernel"}
+    chain = {
+        "_page_stats_fwd_kernel",
+        "_page_score_fwd_kernel",
+        "_page_select_fwd_kernel",
+        "_sparse_decode_fwd_kernel",
+    }
     second = {"_listed_score_fwd_kernel", "_listed_select_fwd_kernel"}
     assert names == chain | (second if case[-1] else set())

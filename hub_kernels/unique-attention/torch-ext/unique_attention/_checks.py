@@ -181,6 +181,6 @@ def check_counters(counters: Tensor | None, rows: int, device: torch.device) -> 
     fits = counters.dtype == torch.int32 and counters.is_contiguous() and counters.device == device
     if not fits or counters.numel() < rows * ROW_COUNTERS:
         raise ValueError(
-            f"`counters` must be at least {rows * ROW_COUNTERS} contiguous int32 zeros on {device} ({ROW_COUNTERS} per "
-            f"row and kv head), got {counters.numel()} of {counters.dtype} on {counters.device}."
+            f"`counters` must be at least {rows * ROW_COUNTERS} contiguous int32 zeros on {device} ({ROW_COUNTERS} "
+            f"per row and kv head), got {counters.numel()} of {counters.dtype} on {counters.device}."
         )

@@ -1,4 +1,7 @@
-"""Helpers shared by the Triton kernels: storage kinds, row bounds, launch settings. Imports torch, triton and `_checks` only."""
+"""Helpers shared by the Triton kernels: storage kinds, row bounds, rows in step, launch settings.
+
+Imports torch, triton and `_checks` only.
+"""
 
 import os
 from functools import cache

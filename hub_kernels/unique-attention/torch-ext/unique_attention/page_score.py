@@ -286,7 +286,7 @@ def launch_scores(
         q.stride(0), q.stride(1), q.stride(-1), *strides,
         out.stride(0), out.stride(1), out.stride(2) if scoring.per_head else 0,
         stride_of(seq_lens), stride_of(seq_starts), stride_of(mask), stride_of(page_table), *cache_strides,
-        num_pages, 0 if peaks is None else peaks.shape[-1], capacity, dense_pages or 0, score_weight, softmax_scale,
+        num_pages, 0 if peaks is None else peaks.stride(1), capacity, dense_pages or 0, score_weight, softmax_scale,
         P=page_size, RATIO=ratio, DV=dim_v, BDV=triton.next_power_of_2(dim_v), **scoring.constants,
         SINK=forced[0], RECENT=forced[1], GS=group_size,
         BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks, STAGES=scoring.stages,

@@ -3,8 +3,8 @@
 Exact without reading every score: the K' best pages lie in the K' groups of neighbouring pages with the highest
 peaks (a group beyond those has K' better pages before it). So a row searches its peaks, gathers the scores of the
 few groups that are left, and searches those; a row of few pages is searched at once. A search counts the keys above
-three trial thresholds at a time and stops as soon as a threshold keeps the number wanted: no sort, no atomics, the
-same answer on every run.
+several trial thresholds at a time and stops as soon as one keeps the number wanted: no sort, no atomics, the same
+answer on every run.
 
 May import torch, triton and `_common`.
 """
@@ -25,14 +25,15 @@ from ._common import (
     row_start,
     signal_row,
     stride_of,
+    target_of,
 )
 
 LOWEST = tl.constexpr(-2147483648)
+HIGHEST = tl.constexpr(2147483647)
 # pages that are searched one by one; counts of them share 32 bits
 MAX_CANDIDATES = 16384
 # rows of at most this many pages are searched without groups
 MAX_SINGLE = 1024
-SELECT_WARPS = 4
 
 
 @triton.jit
@@ -49,12 +50,6 @@ def _unordered(key):
 
 
 @triton.jit
-def _between(low, high):
-    """The integer halfway, without overflow."""
-    return (low & high) + ((low ^ high) >> 1)
-
-
-@triton.jit
 def load_keys(values_ptr, index, mask):
     """Ordered keys, the lowest outside the mask; NaN ranks as -inf, and the two zeros are one."""
     x = tl.load(values_ptr + index, mask=mask, other=0.0)
@@ -62,88 +57,61 @@ def load_keys(values_ptr, index, mask):
 
 
 @triton.jit
-def _count_three(keys, first, second, third, TILE: tl.constexpr):
-    """How many keys reach each of three ascending thresholds; at most 32767 keys."""
-    a = (keys >= first).to(tl.int32)
-    b = (keys >= second).to(tl.int32)
-    c = (keys >= third).to(tl.int32)
-    if TILE <= 512:
-        # the three counts in one sum, 10 bits each
-        total = tl.sum(a + (b << 10) + (c << 20), axis=0)
-        return total & 1023, (total >> 10) & 1023, total >> 20
-    else:
-        pair = tl.sum(a + (b << 16), axis=0)
-        return pair & 0xFFFF, pair >> 16, tl.sum(c, axis=0)
-
-
-@triton.jit
-def _thresholds(low, high, linear):
-    """Three ascending keys inside `low .. high`: quarters of the values if `linear`, else of the keys."""
-    second = _between(low, high)
-    first = _between(low, second)
-    third = _between(second, high)
+def _thresholds(low, high, linear, NT: tl.constexpr):
+    """`NT` keys inside `low .. high`: equal steps of the values if `linear`, else of the keys."""
+    part = 1 + tl.arange(0, NT)
     bottom = _unordered(low)
-    step = 0.25 * (_unordered(high - 1) - bottom)
-    # infinities and their differences have no quarters
+    step = (_unordered(high - 1) - bottom) / (NT + 1)
+    # 32 bits may overflow on the way, but wrap around into place
+    trial = low + tl.maximum(high // (NT + 1) - low // (NT + 1), 1) * part
+    # infinities and their differences have no steps
     if linear & (step >= 0.0) & (step < float("inf")):
-        first = ordered(bottom + step + 0.0)
-        second = ordered(bottom + 2.0 * step + 0.0)
-        third = ordered(bottom + 3.0 * step + 0.0)
-    third = tl.minimum(tl.maximum(third, low + 1), high - 1)
-    second = tl.minimum(tl.maximum(second, low + 1), third)
-    first = tl.minimum(tl.maximum(first, low + 1), second)
-    return first, second, third
+        trial = ordered(bottom + step * part.to(tl.float32) + 0.0)
+    return tl.minimum(tl.maximum(trial, low + 1), high - 1)
 
 
 @triton.jit
-def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr):
+def _count_reaching(keys, thresholds):
+    """How many keys reach each threshold."""
+    return tl.sum((keys[:, None] >= thresholds[None, :]).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr, NT: tl.constexpr):
     """Where to cut so that `wanted` to `enough` keys are taken, or, if ties forbid it, the key that must be shared.
 
     Returns a key and how many keys exceed it: those are taken, and of the keys equal to it as many as are still
     wanted. `keys` are the first `TILE` of `begin .. end - 1`; fewer than `wanted` are all taken.
     """
+    # counting among many keys takes registers
+    FEW: tl.constexpr = 8 if TILE > 1024 and NT > 8 else NT
     offs = tl.arange(0, TILE)
     top = tl.max(keys, axis=0)
-    low = tl.min(tl.where(keys > LOWEST, keys, 0x7FFFFFFF), axis=0)
+    low = tl.min(tl.where(keys > LOWEST, keys, HIGHEST), axis=0)
     reach_low = tl.sum((keys > LOWEST).to(tl.int32), axis=0)
     if not SINGLE:
         for tile in range(begin + TILE, end, TILE):
             more = load_keys(values_ptr, tile + offs, tile + offs < end)
             top = tl.maximum(top, tl.max(more, axis=0))
-            low = tl.minimum(low, tl.min(tl.where(more > LOWEST, more, 0x7FFFFFFF), axis=0))
+            low = tl.minimum(low, tl.min(tl.where(more > LOWEST, more, HIGHEST), axis=0))
             reach_low += tl.sum((more > LOWEST).to(tl.int32), axis=0)
     high = top + 1
     reach_high = tl.full((), 0, tl.int32)
     trial = tl.full((), 0, tl.int32)
     while (reach_low > enough) & (low < high - 1):
-        # most values are told apart soonest by their quarters, those bunched beside an outlier by the order of the
-        # keys
-        first, second, third = _thresholds(low, high, (trial & 1) == 0)
+        # most values are told apart soonest by equal steps, those bunched beside an outlier by the order of the keys
+        thresholds = _thresholds(low, high, (trial & 1) == 0, FEW)
         trial += 1
-        n1, n2, n3 = _count_three(keys, first, second, third, TILE)
+        counts = _count_reaching(keys, thresholds)
         if not SINGLE:
             for tile in range(begin + TILE, end, TILE):
-                more = load_keys(values_ptr, tile + offs, tile + offs < end)
-                m1, m2, m3 = _count_three(more, first, second, third, TILE)
-                n1 += m1
-                n2 += m2
-                n3 += m3
-        if n3 >= wanted:
-            low = third
-            reach_low = n3
-        elif n2 >= wanted:
-            low = second
-            reach_low = n2
-            high = third
-            reach_high = n3
-        elif n1 >= wanted:
-            low = first
-            reach_low = n1
-            high = second
-            reach_high = n2
-        else:
-            high = first
-            reach_high = n1
+                counts += _count_reaching(load_keys(values_ptr, tile + offs, tile + offs < end), thresholds)
+        # between the last threshold that enough keys reach and the first that too few do
+        reached = counts >= wanted
+        low = tl.maximum(low, tl.max(tl.where(reached, thresholds, LOWEST), axis=0))
+        reach_low = tl.minimum(reach_low, tl.min(tl.where(reached, counts, HIGHEST), axis=0))
+        high = tl.minimum(high, tl.min(tl.where(reached, HIGHEST, thresholds), axis=0))
+        reach_high = tl.maximum(reach_high, tl.max(tl.where(reached, 0, counts), axis=0))
     tie = reach_low > enough
     return tl.where(tie, low, low - 1), tl.where(tie, reach_high, reach_low)
 
@@ -164,9 +132,9 @@ def _positions(keys, key, tied, num_above, num_tied):
 
 
 @triton.jit
-def store_best(keys, pages, ids_ptr, wanted, TILE: tl.constexpr):
+def store_best(keys, pages, ids_ptr, wanted, TILE: tl.constexpr, NT: tl.constexpr):
     """The `wanted` best of some pages, which come in ascending order."""
-    key, above = _search(keys, ids_ptr, 0, 0, wanted, wanted, TILE, True)
+    key, above = _search(keys, ids_ptr, 0, 0, wanted, wanted, TILE, True, NT)
     take, pos, _, _ = _positions(keys, key, wanted - above, 0, 0)
     tl.store(ids_ptr + pos, pages, mask=take)
 
@@ -186,7 +154,7 @@ def store_forced(
 def select_row(
     scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
+    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr, NT: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4 for a row of more than `K` pages: writes their ids.
 
@@ -200,14 +168,14 @@ def select_row(
     if GS == 1:
         pages = begin + tl.arange(0, TILE)
         keys = load_keys(scores_ptr, pages, pages < end)
-        store_best(keys, pages, ids_ptr + SINK, wanted, TILE)
+        store_best(keys, pages, ids_ptr + SINK, wanted, TILE, NT)
     else:
         # the groups that can hold a page to keep
         first_group = begin // GS
         last_group = tl.cdiv(end, GS)
         offs = tl.arange(0, TILE)
         peaks = load_keys(peaks_ptr, first_group + offs, first_group + offs < last_group)
-        key, above = _search(peaks, peaks_ptr, first_group, last_group, wanted, GROUPS, TILE, SINGLE)
+        key, above = _search(peaks, peaks_ptr, first_group, last_group, wanted, GROUPS, TILE, SINGLE, NT)
         num_above = 0
         num_tied = 0
         for tile in range(first_group, tl.minimum(last_group, first_group + TILE) if SINGLE else last_group, TILE):
@@ -222,7 +190,7 @@ def select_row(
         pages = group * GS + offs_c % GS
         inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
         keys = load_keys(scores_ptr, pages, inside)
-        store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS)
+        store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS, NT)
 
 
 @triton.jit
@@ -262,16 +230,14 @@ def _page_peaks_fwd_kernel(
     store_peaks(row_peaks, scores, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=[
-    "capacity", "dense_pages", "programs", "stride_sb", "stride_sh", "stride_pb", "stride_ph"
-])  # fmt: skip
+@triton.jit(do_not_specialize=["capacity", "dense_pages", "programs"])
 def _page_select_fwd_kernel(
     scores_ptr, peaks_ptr, ids_ptr, groups_ptr, counter_ptr, len_ptr, start_ptr,
     stride_sb, stride_sh, stride_pb, stride_ph, stride_ib, stride_ih, stride_len, stride_start,
     capacity, dense_pages, programs,
     P: tl.constexpr, RATIO: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    SINGLE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    SINGLE: tl.constexpr, NT: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     AWAIT: tl.constexpr, SIGNAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4. Program `(kv head, row)` writes its `K` page ids.
@@ -300,7 +266,7 @@ def _page_select_fwd_kernel(
         select_row(
             scores_ptr + pid_b * stride_sb + pid_h * stride_sh, peaks_ptr + pid_b * stride_pb + pid_h * stride_ph,
             row_ids, groups_ptr + row * GROUPS,
-            first_page, last_page, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE,
+            first_page, last_page, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE, NT,
         )  # fmt: skip
     if SIGNAL:
         signal_row(counter_ptr + row * COUNTERS + (LISTED if RATIO > 1 else CHOSEN))
@@ -352,16 +318,17 @@ def write_peaks(scores, peaks, plan, *, page_size, sink_pages, recent_pages, seq
 
 
 def launch_select(
-    scores, peaks, groups, page_ids, plan, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts,
-    capacity=None, ratio=1, dense_pages=0, programs=None, counters=None, pdl=False,
+    scores, peaks, page_ids, plan, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts, capacity=None,
+    ratio=1, dense_pages=0, programs=None, counters=None, pdl=False,
 ):  # fmt: skip
-    """Fills `page_ids [B, HK, K]` from `scores [B, HK, N]` and their `peaks`; `groups` is scratch.
+    """Fills `page_ids [B, HK, K]` from `scores [B, HK, N]` and their `peaks`.
 
     With `counters` the launches before and after are in step row by row: `programs` of the one before score a row,
     unless they are done by then (`None`).
     """
     batch, num_kv_heads, num_pages = scores.shape
     num_kept = page_ids.shape[-1]
+    groups = torch.empty((batch, num_kv_heads, plan.groups), dtype=torch.int32, device=scores.device)
     _page_select_fwd_kernel[(num_kv_heads, batch)](
         scores, peaks, page_ids, groups, counters, seq_lens, seq_starts,
         *scores.stride()[:2], *peaks.stride()[:2], *page_ids.stride()[:2],
@@ -370,26 +337,31 @@ def launch_select(
         SINK=sink_pages, RECENT=recent_pages,
         GS=plan.group_size, GROUPS=plan.groups, TILE=plan.tile, SINGLE=plan.single,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
-        AWAIT=programs is not None, SIGNAL=counters is not None, PDL=pdl, num_warps=SELECT_WARPS,
+        AWAIT=programs is not None, SIGNAL=counters is not None, PDL=pdl,
+        **search_launch(batch * num_kv_heads, target_of(scores.device)),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
-def selection_scratch(rows: int, num_pages: int, plan: SelectPlan, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the peaks and the groups of a selection among `num_pages` pages of each row."""
-    peaks = torch.empty((rows, plan.peaks(num_pages)), dtype=torch.float32, device=device)
-    return peaks, torch.empty((rows, plan.groups), dtype=torch.int32, device=device)
+def search_launch(rows: int, target) -> dict:
+    """Thresholds per pass of a search, and warps. A pass takes as long as a sum over all threads, few or many."""
+    # where multiprocessors are idle anyway; measured on an H200
+    return {"NT": 16, "num_warps": 8} if rows <= target.num_sms else {"NT": 4, "num_warps": 4}
+
+
+def padded(rows: tuple[int, int], columns: int, device) -> torch.Tensor:
+    """Scratch `[*rows, columns]` whose rows are aligned, whatever their length, so that they load in wide words."""
+    return torch.empty((*rows, -(-columns // 64) * 64), dtype=torch.float32, device=device)[..., :columns]
 
 
 def select_pages(scores, page_ids, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts):
     """Fills `page_ids [B, HK, K]` from `scores [B, HK, N]`."""
     batch, num_kv_heads, num_pages = scores.shape
     plan = plan_selection(num_pages, page_ids.shape[-1] - sink_pages - recent_pages)
-    peaks, groups = selection_scratch(batch * num_kv_heads, num_pages, plan, scores.device)
-    peaks = peaks.view(batch, num_kv_heads, -1)
+    peaks = padded((batch, num_kv_heads), plan.peaks(num_pages), scores.device)
     lengths = {"page_size": page_size, "sink_pages": sink_pages, "recent_pages": recent_pages,
                "seq_lens": seq_lens, "seq_starts": seq_starts}  # fmt: skip
     if plan.group_size > 1:
         write_peaks(scores, peaks, plan, **lengths)
-    launch_select(scores, peaks, groups, page_ids, plan, **lengths)
+    launch_select(scores, peaks, page_ids, plan, **lengths)
     return page_ids

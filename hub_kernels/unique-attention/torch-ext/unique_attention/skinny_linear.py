@@ -138,7 +138,18 @@ class LinearLaunch(NamedTuple):
 
 # where `benchmarks.linear --sweep` found better tiles than the rule below, which prints entries for this table:
 # multiprocessors, rows (1, or 16 for any more), outputs, inputs, gated
-MEASURED: dict[tuple[int, int, int, int, bool], LinearLaunch] = {}
+MEASURED: dict[tuple[int, int, int, int, bool], LinearLaunch] = {
+    (132, 1, 6144, 4096, False): LinearLaunch(1, 1, 2048, 1, 2),
+    (132, 16, 6144, 4096, False): LinearLaunch(16, 16, 512, 3, 2),
+    (132, 1, 12288, 4096, True): LinearLaunch(1, 2, 2048, 1, 4),
+    (132, 1, 4096, 1024, False): LinearLaunch(1, 8, 512, 1, 4),
+    (132, 1, 1024, 2048, False): LinearLaunch(1, 4, 2048, 1, 8),
+    (132, 1, 3072, 1024, True): LinearLaunch(1, 4, 512, 1, 2),
+    (132, 16, 3072, 1024, True): LinearLaunch(16, 32, 256, 4, 4),
+    (132, 1, 1024, 3072, False): LinearLaunch(1, 2, 2048, 1, 8),
+    (132, 16, 1024, 3072, False): LinearLaunch(16, 32, 512, 3, 2),
+    (132, 1, 151936, 1024, False): LinearLaunch(1, 4, 512, 1, 2),
+}
 
 
 def plan_linear(rows: int, columns: int, depth: int, gated: bool, num_sms: int) -> LinearLaunch:
@@ -150,11 +161,12 @@ def plan_linear(rows: int, columns: int, depth: int, gated: bool, num_sms: int) 
         # four programs per multiprocessor keep its reads in flight
         block_n = next((b for b in (8, 4) if columns >= 4 * num_sms * b and not (gated and b == 8)), 2)
         return LinearLaunch(1, block_n, min(1024, triton.next_power_of_2(depth)), 1, 4)
-    if columns >= 32 * num_sms // 2:
-        # a second weight costs registers
-        block_k, stages = (64, 6) if gated else (128, 4)
-        return LinearLaunch(MAX_ROWS, 32, min(block_k, max(16, triton.next_power_of_2(depth))), stages, 4)
-    return LinearLaunch(MAX_ROWS, 16, min(256, max(16, triton.next_power_of_2(depth))), 4, 2)
+    fits = max(16, triton.next_power_of_2(depth))
+    if columns >= 64 * num_sms:
+        return LinearLaunch(MAX_ROWS, 64, min(128, fits), 3 if gated else 4, 2)
+    # one program per multiprocessor, if it has much to read, or two
+    block_n = 32 if columns >= 24 * num_sms and depth >= 4096 else 16
+    return LinearLaunch(MAX_ROWS, block_n, min(256, fits), 4 if gated else 6, 2)
 
 
 def skinny_linear(

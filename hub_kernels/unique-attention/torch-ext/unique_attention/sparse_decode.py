@@ -15,7 +15,6 @@ from ._checks import ROW_COUNTERS
 from ._common import (
     CHOSEN,
     COUNTERS,
-    FP8,
     MERGED,
     await_row,
     physical_page,
@@ -29,18 +28,20 @@ from .page_select import list_all
 from .page_stats import append_row, write_token
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# which rows attend to pages that are not listed
+NO_ROWS, SOME_ROWS, ALL_ROWS = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
 def attend_pages(
     q_ptr, stride_qh, stride_qd, k_ptr, v_ptr, ids_ptr, mask_ptr, table_ptr, stride_table,
     stride_kp, stride_kt, stride_vp, stride_vt,
-    b, first_head, start, end, base_page, first_pos, last_pos, every_page, scale, softcap,
+    b, first_head, start, end, base_page, first_pos, last_pos, dense, scale, softcap,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, DENSE: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 5 over positions `first_pos .. last_pos - 1` of a page list (`base_page + position` if `every_page`).
+    """Eq. 5 over positions `first_pos .. last_pos - 1` of a page list, or from `base_page` on in a dense row.
 
     Returns the unnormalised output `[GP, BDV]`, the maximum logit (base 2) and the sum of exponentials `[GP]`.
     """
@@ -62,8 +63,13 @@ def attend_pages(
     acc = tl.zeros((GP, BDV), tl.float32)
     for begin in tl.range(first_pos * P, last_pos * P, BLOCK_T, num_stages=STAGES):
         pos = (begin + offs_t) // P
-        page = tl.load(ids_ptr + pos, mask=(pos < last_pos) & (not every_page), other=-1)
-        page = tl.where(every_page & (pos < last_pos), base_page + pos, page)
+        if DENSE == ALL_ROWS:
+            page = tl.where(pos < last_pos, base_page + pos, -1)
+        elif DENSE == SOME_ROWS:
+            page = tl.load(ids_ptr + pos, mask=(pos < last_pos) & (not dense), other=-1)
+            page = tl.where(dense & (pos < last_pos), base_page + pos, page)
+        else:
+            page = tl.load(ids_ptr + pos, mask=pos < last_pos, other=-1)
         slot = page * P + (begin + offs_t) % P
         valid = (page >= 0) & (slot >= start) & (slot < end)
         if HAS_MASK:
@@ -96,21 +102,46 @@ def attend_pages(
 
 
 @triton.jit
+def _write_row(
+    acc, m_i, l_i, offs_g, out_ptr, stride_oh, sinks_ptr, first_head,
+    DV: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Adds the sinks, normalises, writes heads `offs_g` of a group."""
+    offs_v = tl.arange(0, BDV)
+    mask_g = offs_g < G
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + first_head + offs_g, mask=mask_g, other=float("-inf")).to(tl.float32) * LOG2E
+        m_new = tl.maximum(m_i, sink)
+        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+        decay = tl.exp2(m_i - m_ref)
+        acc = acc * decay[:, None]
+        l_i = l_i * decay + tl.exp2(sink - m_ref)
+    out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    tl.store(
+        out_ptr + (first_head + offs_g)[:, None] * stride_oh + offs_v[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask_g[:, None] & (offs_v < DV)[None, :],
+    )
+
+
+@triton.jit
 def finish_row(
     acc, m_i, l_i, out_ptr, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, first_head, split,
-    DV: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr,
+    DV: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of a row, after merging the partial results if there are several; its counters end at zero."""
     row_counters = counter_ptr + row * COUNTERS
     offs_g = tl.arange(0, GP)
     offs_v = tl.arange(0, BDV)
-    mask_g = offs_g < G
-    mask_o = mask_g[:, None] & (offs_v < DV)[None, :]
-    last = True
-    if SPLITS > 1:
-        part = (row * SPLITS + split) * GP + offs_g
-        tl.store(acc_ptr + part[:, None] * BDV + offs_v[None, :], acc, mask=mask_o)
+    if SPLITS == 1:
+        if AWAIT:
+            tl.store(row_counters + CHOSEN, 0)
+        _write_row(acc, m_i, l_i, offs_g, out_ptr, stride_oh, sinks_ptr, first_head, DV, BDV, G, HAS_SINKS)
+    else:
+        mask_g = offs_g < G
+        part = (row * SPLITS + split) * GM + offs_g
+        tl.store(acc_ptr + part[:, None] * BDV + offs_v[None, :], acc, mask=mask_g[:, None] & (offs_v < DV)[None, :])
         tl.store(ml_ptr + part * 2, m_i, mask=mask_g)
         tl.store(ml_ptr + part * 2 + 1, l_i, mask=mask_g)
         tl.debug_barrier()
@@ -118,34 +149,25 @@ def finish_row(
         if last:
             # ready for the next call
             tl.store(row_counters + MERGED, 0)
-            parts = (row * SPLITS + tl.arange(0, SPLITS)[:, None]) * GP + offs_g[None, :]
-            extent = tl.load(ml_ptr + parts * 2, mask=mask_g[None, :], other=float("-inf"))  # [SPLITS, GP]
-            m_i = tl.max(extent, axis=0)
-            m_ref = tl.where(m_i == float("-inf"), 0.0, m_i)
-            l_parts = tl.load(ml_ptr + parts * 2 + 1, mask=mask_g[None, :], other=0.0)
-            l_i = tl.sum(l_parts * tl.exp2(extent - m_ref[None, :]), axis=0)
-            acc = tl.zeros((GP, BDV), tl.float32)
-            for other in tl.range(SPLITS, loop_unroll_factor=4):
-                part = (row * SPLITS + other) * GP + offs_g
-                decay = tl.exp2(tl.load(ml_ptr + part * 2, mask=mask_g, other=float("-inf")) - m_ref)
-                partial = tl.load(acc_ptr + part[:, None] * BDV + offs_v[None, :], mask=mask_o, other=0.0)
-                acc += partial * decay[:, None]
-    if last:
-        if AWAIT:
-            tl.store(row_counters + CHOSEN, 0)
-        if HAS_SINKS:
-            sink = tl.load(sinks_ptr + first_head + offs_g, mask=mask_g, other=float("-inf")).to(tl.float32) * LOG2E
-            m_new = tl.maximum(m_i, sink)
-            m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-            decay = tl.exp2(m_i - m_ref)
-            acc = acc * decay[:, None]
-            l_i = l_i * decay + tl.exp2(sink - m_ref)
-        out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
-        tl.store(
-            out_ptr + (first_head + offs_g)[:, None] * stride_oh + offs_v[None, :],
-            out.to(out_ptr.dtype.element_ty),
-            mask=mask_o,
-        )
+            if AWAIT:
+                tl.store(row_counters + CHOSEN, 0)
+            # without the rows that pad a tile, and several parts at a time
+            AT_ONCE: tl.constexpr = 8 if SPLITS > 8 else SPLITS
+            offs_m = tl.arange(0, GM)
+            parts = (row * SPLITS + tl.arange(0, SPLITS)[:, None]) * GM + offs_m[None, :]
+            extent = tl.load(ml_ptr + parts * 2, mask=(offs_m < G)[None, :], other=float("-inf"))  # [SPLITS, GM]
+            m_all = tl.max(extent, axis=0)
+            m_ref = tl.where(m_all == float("-inf"), 0.0, m_all)
+            l_parts = tl.load(ml_ptr + parts * 2 + 1, mask=(offs_m < G)[None, :], other=0.0)
+            l_all = tl.sum(l_parts * tl.exp2(extent - m_ref[None, :]), axis=0)
+            total = tl.zeros((GM, BDV), tl.float32)
+            inside = ((offs_m < G)[:, None] & (offs_v < DV)[None, :])[None, :, :]
+            for first in tl.static_range(0, SPLITS, AT_ONCE):
+                some = (row * SPLITS + first + tl.arange(0, AT_ONCE)[:, None]) * GM + offs_m[None, :]
+                m_some = tl.load(ml_ptr + some * 2, mask=(offs_m < G)[None, :], other=float("-inf"))
+                partial = tl.load(acc_ptr + some[:, :, None] * BDV + offs_v[None, None, :], mask=inside, other=0.0)
+                total += tl.sum(partial * tl.exp2(m_some - m_ref[None, :])[:, :, None], axis=0)
+            _write_row(total, m_all, l_all, offs_m, out_ptr, stride_oh, sinks_ptr, first_head, DV, BDV, G, HAS_SINKS)
 
 
 @triton.jit
@@ -172,17 +194,18 @@ def _sparse_decode_fwd_kernel(
     stride_udb, stride_udh, stride_udp,
     capacity, dense_pages, scale, softcap,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr, SPLITS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, RATIO: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, RATIO: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    ALL_DENSE: tl.constexpr, APPEND: tl.constexpr, AWAIT: tl.constexpr, PDL: tl.constexpr,
+    DENSE: tl.constexpr, APPEND: tl.constexpr, AWAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5. Program `(split, kv head, row)` attends to its slice of the listed pages.
 
-    A row of at most `dense_pages` pages attends to all of them, whatever the list says. `AWAIT`: the ids come from a
-    launch that is still running. `ALL_DENSE`: the list is written here. `APPEND`: one more program per row writes the
-    new token and its statistics.
+    A row of at most `dense_pages` pages attends to all of them: those listed, or (`DENSE`) whatever the list says. It
+    is written here if all rows are dense. `AWAIT`: the ids come from a launch that is still running. `APPEND`: one
+    more program per row writes the new token and its statistics.
     """
     if PDL:
         if not AWAIT:
@@ -217,12 +240,13 @@ def _sparse_decode_fwd_kernel(
                 P, D, DV, C, BC, BDV, NG, RATIO, KIND, FORM, HAS_MASK, HAS_TABLE,
             )  # fmt: skip
             return
-    dense = last_page - first_page <= dense_pages
+    count = last_page - first_page
+    dense = count <= dense_pages
     row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
-    if ALL_DENSE:
+    if DENSE == ALL_ROWS:
         if split == 0:
-            list_all(row_ids, first_page, last_page - first_page, K, BLOCK_K)
-    listed = tl.where(dense, last_page - first_page, K)
+            list_all(row_ids, first_page, count, K, BLOCK_K)
+    listed = tl.where(dense, count, K)
     first_pos, last_pos = split_of(listed, split, SPLITS, 1 if P > BLOCK_T else BLOCK_T // P)
     if APPEND:
         # the program of the last pages reads the new token, so it writes it too: the same bytes
@@ -240,11 +264,11 @@ def _sparse_decode_fwd_kernel(
         q_ptr + pid_b * stride_qb, stride_qh, stride_qd, row_k, row_v, row_ids, row_mask,
         table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt,
         pid_b, pid_h * G, start, end, first_page, first_pos, last_pos, dense, scale, softcap,
-        P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
+        P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, DENSE, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
     )  # fmt: skip
     finish_row(
         acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
-        split, DV, BDV, G, GP, SPLITS, HAS_SINKS, AWAIT,
+        split, DV, BDV, G, GP, GM, SPLITS, HAS_SINKS, AWAIT,
     )  # fmt: skip
 
 
@@ -264,11 +288,11 @@ def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launc
     """
     if rows >= 2 * num_sms:
         # of the stages one goes to the page ids
-        launch = Launch(16, 7, 2, 1)
+        launch = Launch(32, 7, 4, 1)
     elif 3 * rows >= num_sms:
-        launch = Launch(64, 3, 4, 4)
+        launch = Launch(64, 1, 4, 8)
     else:
-        launch = Launch(64, 1, 4, 1)
+        launch = Launch(32, 1, 2, 1)
     if row_bytes > 256:
         launch = launch._replace(block_t=max(16, launch.block_t * 256 // row_bytes))
     tiles = triton.cdiv(tokens, launch.block_t)
@@ -295,7 +319,7 @@ def plan_attention(
     batch, num_heads = q.shape[:2]
     num_kv_heads, head_dim, value_dim = k.shape[1], k.shape[-1], v.shape[-1]
     group = num_heads // num_kv_heads
-    group_rows = max(16, triton.next_power_of_2(group))
+    group_rows = triton.next_power_of_2(group)
     block_dv = max(16, triton.next_power_of_2(value_dim))
     parts = batch * num_kv_heads * launch.splits * group_rows if launch.splits > 1 else 1
     partial = torch.empty((parts, block_dv), dtype=torch.float32, device=q.device)
@@ -311,7 +335,8 @@ def plan_attention(
         ),
         {
             "P": page_size, "D": head_dim, "DV": value_dim,
-            "BD": max(16, triton.next_power_of_2(head_dim)), "BDV": block_dv, "G": group, "GP": group_rows,
+            "BD": max(16, triton.next_power_of_2(head_dim)), "BDV": block_dv, "G": group,
+            "GP": max(16, group_rows), "GM": group_rows,
             "BLOCK_T": launch.block_t, "STAGES": launch.stages, "SPLITS": launch.splits,
             "HAS_LENS": seq_lens is not None, "HAS_STARTS": seq_starts is not None, "HAS_MASK": token_mask is not None,
             "HAS_TABLE": paged, "HAS_SOFTCAP": softcap is not None, "HAS_SINKS": sinks is not None,
@@ -342,12 +367,12 @@ NOTHING_CACHED = Cached((None,) * 8, (0,) * 26, {"C": 1, "BC": 1, "NG": 1, "RATI
 
 def launch_attend(
     call: Attending, page_ids, launch: Launch, *, capacity, softmax_scale, softcap, dense_pages=-1,
-    cached: Cached = NOTHING_CACHED, all_dense=False, waits=False, pdl=False,
+    cached: Cached = NOTHING_CACHED, all_rows=False, waits=False, pdl=False,
 ):  # fmt: skip
     """One attention pass over listed pages, into the `out` of the call.
 
-    With `all_dense` every row attends to all its pages, which are listed here, and with `cached` a new token is written
-    as well; with `waits` the page ids come row by row from the launch before.
+    Rows of at most `dense_pages` pages are dense. If that is `all_rows` the list is written here, and with `cached` a
+    new token too. With `waits` the page ids come row by row from the launch before.
     """
     batch, num_kv_heads, num_kept = page_ids.shape
     append = cached is not NOTHING_CACHED
@@ -355,7 +380,8 @@ def launch_attend(
         *call.tensors, page_ids, *cached.tensors, *call.strides, *page_ids.stride()[:2], *cached.strides,
         capacity, dense_pages, softmax_scale, softcap or 0.0,
         K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), **call.constants, **cached.constants,
-        ALL_DENSE=all_dense, APPEND=append, AWAIT=waits, PDL=pdl, num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
+        DENSE=(ALL_ROWS if all_rows else SOME_ROWS if dense_pages > num_kept else NO_ROWS).value,
+        APPEND=append, AWAIT=waits, PDL=pdl, num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

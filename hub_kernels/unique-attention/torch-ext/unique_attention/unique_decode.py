@@ -10,12 +10,11 @@ May import torch, triton and the other kernels.
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ._checks import ROW_COUNTERS
 from ._common import target_of
 from .page_score import Appending, Scoring, launch_scores, page_scores, plan_scoring, stats_arguments
-from .page_select import SelectPlan, launch_select, plan_selection, selection_scratch, write_peaks
+from .page_select import SelectPlan, launch_select, padded, plan_selection, write_peaks
 from .page_stats import append_tokens
 from .second_level import check_listed, choose_listed
 from .sparse_decode import (
@@ -44,7 +43,7 @@ class Step(NamedTuple):
 
 
 def _first_scores(step: Step, q, stats, scored, scores, peaks, scoring: Scoring, selection: SelectPlan, appending):
-    """Append, and scores of the first level. Returns how many programs score a row, `None` if they are done by then."""
+    """Append, and scores of the first level. Returns how many programs score a row, `None` if they will be done."""
     config, level = step.config, step.config.upper or step.config
     naming = {"stats_dtype": config.stats_dtype, "page_size": level.page_size, "page_table": step.page_table}
     forced = {"sink_pages": level.sink_pages, "recent_pages": level.recent_pages}
@@ -79,15 +78,14 @@ def _choose(step: Step, q, stats, super_stats, page_ids, appending):
         # the program that appends reads a whole super-page
         scoring = scoring._replace(num_warps=max(2, scoring.num_warps))
     selection = plan_selection(num_scored, level.num_kept - level.sink_pages - level.recent_pages)
-    scores = torch.empty((batch, num_kv_heads, num_scored), dtype=torch.float32, device=device)
-    peaks, groups = selection_scratch(rows, num_scored, selection, device)
-    peaks = peaks.view(batch, num_kv_heads, -1)
+    scores = padded((batch, num_kv_heads), num_scored, device)
+    peaks = padded((batch, num_kv_heads), selection.peaks(num_scored), device)
     kept = page_ids
     if ratio > 1:
         kept = torch.empty((batch, num_kv_heads, level.num_kept), dtype=torch.int32, device=device)
     programs = _first_scores(step, q, stats, scored, scores, peaks, scoring, selection, appending)
     launch_select(
-        scores, peaks, groups, kept, selection, page_size=level.page_size, sink_pages=level.sink_pages,
+        scores, peaks, kept, selection, page_size=level.page_size, sink_pages=level.sink_pages,
         recent_pages=level.recent_pages, **step.lengths, capacity=step.capacity, ratio=ratio,
         dense_pages=step.dense_pages, programs=programs, counters=step.counters,
         pdl=step.pdl and programs is not None,
@@ -147,13 +145,11 @@ def unique_decode(
     if num_pages <= dense_pages:
         # no row can have more pages than it attends to
         cached = _cached(q, k, stats, super_stats, new, config, page_table is not None)
-        launch_attend(call, page_ids, launch, dense_pages=dense_pages, cached=cached, all_dense=True, **attending)
+        launch_attend(call, page_ids, launch, dense_pages=dense_pages, cached=cached, all_rows=True, **attending)
         return
     try:
         _choose(step, q, stats, super_stats, page_ids, Appending(k, v, new, stats, token_mask))
-        launch_attend(
-            call, page_ids, launch, dense_pages=dense_pages, waits=step.counters is not None, **attending
-        )
+        launch_attend(call, page_ids, launch, dense_pages=dense_pages, waits=step.counters is not None, **attending)
     except BaseException:
         # rows would wait for ever for launches that were never made
         counters.zero_()

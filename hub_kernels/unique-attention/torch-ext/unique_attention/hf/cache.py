@@ -182,8 +182,8 @@ class UniqueDynamicLayer(DynamicLayer):
             seq_lens (`torch.Tensor`): `[B]`, device; slots in use, the tokens of the coming step included. Owned and
                 advanced by the caller, shared by all layers.
             capacity (`int`): Slots to provide.
-            counters (`torch.Tensor`, *optional*): `num_counters` int32 zeros, scratch of `unique_decode`; with them the
-                new token is not written by `update` but handed to the decode op, which writes it on the way.
+            counters (`torch.Tensor`, *optional*): `num_counters` int32 zeros, scratch of `unique_decode`; with them
+                the new token is not written by `update` but handed to the decode op, which writes it on the way.
         Raises:
             ValueError: The layer is asleep, empty, or longer than `capacity`.
         """
