@@ -4,7 +4,7 @@ import functools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,6 +79,42 @@ SMOKE = Preset(
     tuning_sizes={512: (1, 3)},
 )
 PRESETS = {"h200": H200, "smoke": SMOKE}
+HALF = {"tokens": 32768, "steps": 300}
+# masked rows as long as the model goes and budgets around 3 % of 16k, for the price of the preset's plan
+LONG = {"steps": 200, "lengths": {32768: 0.2, 16384: 0.5, 8192: 0.3}, "budgets": (256, 1024)}
+# a gate that the cut will shut still lets a needle through whose logit stands out by more than the gate takes away,
+# about its distance from the boundary over the temperature: pages nearer than that are never taught to rise
+SHARP = {"temperature": (0.5, 0.02)}
+# by name, what differs from the preset's plan
+SCHEDULES = {
+    "plan": {},
+    "half": HALF,
+    "wide": {"temperature": (1.0, 0.15)},
+    "half-rate2": {**HALF, "rate": 0.2},
+    "half-wide": {**HALF, "temperature": (1.0, 0.15)},
+    "unclipped": {"clip": 1.0},
+    "half-dense7": {**HALF, "dense_share": 0.7},
+    "half-slow": {**HALF, "rate": 0.05},
+    "sharp": SHARP,
+    "long": LONG,
+    "long-sharp": {**LONG, **SHARP},
+    "long-sharp-clip5": {**LONG, **SHARP, "clip": 0.5},
+}
+# what the smoke preset keeps
+SIZES = ("tokens", "steps", "lengths", "dense_lengths", "budgets")
+
+
+def scheduled(preset, schedule):
+    """A preset with the plan of a schedule; the smoke preset keeps its sizes.
+
+    Args:
+        preset (`str`): One of `PRESETS`.
+        schedule (`str`): One of `SCHEDULES`.
+    """
+    base, changes = PRESETS[preset], SCHEDULES[schedule]
+    if preset == "smoke":
+        changes = {name: value for name, value in changes.items() if name not in SIZES}
+    return replace(base, plan=replace(base.plan, **changes))
 
 
 @dataclass(frozen=True)
