@@ -79,7 +79,7 @@ def earlier(file, preset, split):
             f"expected results of the same plan and split to resume, {file} has {found['plan']} on {found['split']}, "
             f"not {plan} on {split}: leave --resume out, or give the options of that call"
         )
-    return found["records"]
+    return [{"revision": found["revision"], **record} for record in found["records"]]
 
 
 def write(out, preset, records, options):
@@ -178,7 +178,7 @@ def main():
                 failed.append(name)
                 print(f"== {name} FAILED: {type(error).__name__}: {error}", flush=True)
                 continue
-            records += future.result()
+            records += [{"revision": args.revision, **record} for record in future.result()]
             if not future.result():
                 print(f"== {name}: no time left", flush=True)
             write(args.out, preset, records, options)

@@ -95,6 +95,20 @@ def report(rows, page_size):
     return f"page {page_size}\n" + render(["schedule", "mix", *keys, "seconds"], lines)
 
 
+def earlier(file):
+    """Rows of an earlier call, whose schedules must be what they are now."""
+    found = json.loads(file.read_text())
+    now = json.loads(json.dumps(SCHEDULES))
+    changed = {row["schedule"] for row in found["rows"] if row["schedule"] != "start"}
+    changed = sorted(name for name in changed if found["schedules"][name] != now.get(name))
+    if changed:
+        raise ValueError(
+            f"expected the schedules of {file} to be those of now, {', '.join(changed)} differ: leave --resume out, "
+            "or give the new ones names of their own"
+        )
+    return found["rows"]
+
+
 def jobs_of(args, done):
     """Names, tasks and presets to run: the start and each schedule, at each page size, without those that are done."""
     jobs = []
@@ -121,7 +135,7 @@ def parse_args():
 def main():
     """Runs the schedules on all devices, writes OUT/tune.json after each and OUT/chosen.txt, and prints a table."""
     began, args = time.time(), parse_args()
-    rows = json.loads(args.resume.read_text())["rows"] if args.resume else []
+    rows = earlier(args.resume) if args.resume else []
     jobs = jobs_of(args, {(row["schedule"], row["page_size"]) for row in rows})
     for folder in (args.out, args.state):
         folder.mkdir(parents=True, exist_ok=True)
