@@ -99,6 +99,8 @@ SCHEDULES = {
     "long": LONG,
     "long-sharp": {**LONG, **SHARP},
     "long-sharp-clip5": {**LONG, **SHARP, "clip": 0.5},
+    "long-clip5": {**LONG, "clip": 0.5},
+    "long-wide-clip5": {**LONG, "temperature": (1.0, 0.15), "clip": 0.5},
 }
 # what the smoke preset keeps
 SIZES = ("tokens", "steps", "lengths", "dense_lengths", "budgets")
