@@ -82,8 +82,6 @@ PRESETS = {"h200": H200, "smoke": SMOKE}
 HALF = {"tokens": 32768, "steps": 300}
 # masked rows as long as the model goes and budgets around 3 % of 16k, for the price of the preset's plan
 LONG = {"steps": 200, "lengths": {32768: 0.2, 16384: 0.5, 8192: 0.3}, "budgets": (256, 1024)}
-# a gate that the cut will shut still lets a needle through whose logit stands out by more than the gate takes away,
-# about its distance from the boundary over the temperature: pages nearer than that are never taught to rise
 SHARP = {"temperature": (0.5, 0.02)}
 # by name, what differs from the preset's plan
 SCHEDULES = {
