@@ -173,7 +173,7 @@ class Decode:
         return {
             "q": torch.randn(shape.batch, shape.heads, 1, shape.head_dim, dtype=shape.dtype, device=device),
             "k": k, "v": v, "stats": stats, "upper": upper, "new": new, "lens": lens,
-            "counters": torch.zeros(shape.batch * shape.kv_heads, dtype=torch.int32, device=device),
+            "counters": torch.zeros(shape.batch * shape.kv_heads * ops.ROW_COUNTERS, dtype=torch.int32, device=device),
         }  # fmt: skip
 
     def step(self, x: dict):

@@ -125,11 +125,10 @@ class DecodeStep:
         return min(layer.buffers()[0].shape[2] for layer in cache.layers)
 
     def _scratch(self, layer: Any) -> torch.Tensor:
-        rows = layer.keys.shape[0] * layer.keys.shape[1]
-        if self.counters.numel() < rows:
+        if self.counters.numel() < layer.num_counters:
             self.drop_graph()
             with torch.inference_mode(False):
-                self.counters = self.seq_lens.new_zeros(rows)
+                self.counters = self.seq_lens.new_zeros(layer.num_counters)
         return self.counters
 
     def release(self, length: int) -> None:

@@ -17,7 +17,7 @@ from unique_attention.settings import UniqueConfig
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, so not interpreted")
 MODULES = [
     importlib.import_module(f"unique_attention.{name}")
-    for name in ("page_stats", "page_score", "page_select", "sparse_decode", "unique_decode")
+    for name in ("page_stats", "page_score", "page_select", "second_level", "sparse_decode")
 ]
 # page size, storage, score, head dim, batch, context, super-page: many rows and few, every storage, an odd head dim
 CASES = [
@@ -84,4 +84,6 @@ def test_decode_chain_compiles_within_its_budget(case, target, tmp_path):
         if target == "cuda:90":
             registers, stack = registers_and_stack(kernel, tmp_path)
             assert stack == 0, f"{kernel.metadata.name} spills: {registers} registers, {stack} bytes of stack"
-    assert names == {"_page_stats_fwd_kernel", "_page_score_fwd_kernel", "_unique_decode_fwd_kernel"}
+    chain = {"_page_stats_fwd_kernel", "_page_score_fwd_kernel", "_page_select_fwd_kernel", "_sparse_decode_fwd_kernel"}
+    second = {"_listed_score_fwd_kernel", "_listed_select_fwd_kernel"}
+    assert names == chain | (second if case[-1] else set())

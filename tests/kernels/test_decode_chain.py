@@ -236,7 +236,7 @@ def test_counters_are_left_zeroed_and_can_be_used_again():
     case = Case(S=300, K=64)
     t = case.tensors()
     stats = reference_stats(case, t)
-    counters = torch.zeros(case.B * case.HK, dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(case.B * case.HK * ops.ROW_COUNTERS, dtype=torch.int32, device=DEVICE)
     settings = {"config": case.config, "counters": counters, "impl": "triton"} | some(t, LENGTHS)
     first = ops.unique_decode(*(t[n] for n in "qkv"), stats, **settings)
     assert (counters == 0).all()

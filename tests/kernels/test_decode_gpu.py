@@ -36,7 +36,7 @@ def prepared(case):
 def compilations():
     """Kernels compiled so far."""
     count = 0
-    for name in ("page_stats", "page_score", "page_select", "sparse_decode", "unique_decode"):
+    for name in ("page_stats", "page_score", "page_select", "second_level", "sparse_decode"):
         for value in vars(importlib.import_module(f"unique_attention.{name}")).values():
             if isinstance(value, triton.runtime.JITFunction):
                 count += sum(len(cache[0]) for cache in value.device_caches.values())
@@ -68,7 +68,7 @@ def test_the_same_input_gives_the_same_bits():
 
 def test_a_graph_follows_lengths_on_the_device():
     t, stats, common = prepared(LARGE)
-    counters = torch.zeros(LARGE.B * LARGE.HK, dtype=torch.int32, device="cuda")
+    counters = torch.zeros(LARGE.B * LARGE.HK * ops.ROW_COUNTERS, dtype=torch.int32, device="cuda")
 
     def step():
         return ops.unique_decode(

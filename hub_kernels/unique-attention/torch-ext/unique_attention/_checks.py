@@ -20,6 +20,8 @@ CODES = {
     "int8": torch.int8,
     "int4": torch.uint8,
 }
+# words per row and kv head in which the launches of a decode step count what is ready: a memory sector
+ROW_COUNTERS = 8
 # scores that only the reference computes: baselines and studies
 REFERENCE_SCORES = ("oracle", "principal")
 
@@ -170,3 +172,15 @@ def empty_stats(
         scales = torch.empty((*shape, vectors, groups), dtype=torch.bfloat16, device=device)
     spread = torch.empty(shape, dtype=torch.float32 if stats_dtype == "fp32" else torch.bfloat16, device=device)
     return PageStats(codes, scales, spread)
+
+
+def check_counters(counters: Tensor | None, rows: int, device: torch.device) -> None:
+    """Refuses counters of a decode step that do not fit."""
+    if counters is None:
+        return
+    fits = counters.dtype == torch.int32 and counters.is_contiguous() and counters.device == device
+    if not fits or counters.numel() < rows * ROW_COUNTERS:
+        raise ValueError(
+            f"`counters` must be at least {rows * ROW_COUNTERS} contiguous int32 zeros on {device} ({ROW_COUNTERS} per "
+            f"row and kv head), got {counters.numel()} of {counters.dtype} on {counters.device}."
+        )

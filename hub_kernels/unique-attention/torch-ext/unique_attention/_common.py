@@ -1,4 +1,4 @@
-"""Helpers shared by the Triton kernels: storage kinds, row bounds, launch settings. Imports torch and triton only."""
+"""Helpers shared by the Triton kernels: storage kinds, row bounds, launch settings. Imports torch, triton and `_checks` only."""
 
 import os
 from functools import cache
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from ._checks import ROW_COUNTERS
 
 # how a page vector is stored; the kernels branch on these at compile time
 KIND = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}
@@ -44,6 +46,11 @@ class Target(NamedTuple):
         """Whether a kernel may start while its predecessor drains."""
         return self.backend == "cuda" and self.arch >= 90
 
+    @property
+    def chains(self) -> bool:
+        """Whether a row may go on to the next launch while other rows are still in this one."""
+        return self.dependent_launch or self.backend == "interpreter"
+
 
 @cache
 def target_of(device: torch.device) -> Target:
@@ -73,6 +80,32 @@ def token_strides(tensor: torch.Tensor, paged: bool, page_size: int) -> tuple[in
     if paged:
         return 0, tensor.stride(1), tensor.stride(0), tensor.stride(2)
     return tensor.stride(0), tensor.stride(1), tensor.stride(2) * page_size, tensor.stride(2)
+
+
+# what is counted per row, in words of one memory sector: programs that scored pages, super-pages listed, programs that
+# scored their pages, pages chosen, partial results
+COUNTERS = tl.constexpr(ROW_COUNTERS)
+SCORED, LISTED, RESCORED, CHOSEN, MERGED = (tl.constexpr(i) for i in range(5))
+
+
+@triton.jit
+def signal_row(counter_ptr):
+    """Counts this program in, after all that it wrote."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def await_row(counter_ptr, programs):
+    """Waits until so many programs are counted in; what they wrote can then be read.
+
+    They must all be running or done: of a launch that this one followed by `gdc_launch_dependents`, or of an earlier
+    one.
+    """
+    counted = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while counted < programs:
+        counted = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
 
 
 @triton.jit

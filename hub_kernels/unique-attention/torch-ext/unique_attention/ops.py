@@ -10,7 +10,9 @@ from torch import Tensor
 
 from . import reference
 from ._checks import (
+    ROW_COUNTERS,
     check_choice,
+    check_counters,
     check_dims,
     check_heads,
     check_new,
@@ -32,6 +34,7 @@ from .reference import PageStats
 from .settings import GROUP_REDUCES, SCORES, UniqueConfig, resolve_score_weight
 
 __all__ = [
+    "ROW_COUNTERS",
     "PageStats",
     "append_tokens",
     "empty_stats",
@@ -251,8 +254,8 @@ def unique_decode(
         return_page_ids (`bool`, *optional*, defaults to `False`): Return `[B, HK, K]` int32 too.
         dense_below (`int`, *optional*, defaults to 0): Rows of at most `dense_below // P` pages attend to all of
             them; the page ids of those with more than K are `-1`.
-        counters (`torch.Tensor`, *optional*): `[B * HK]` int32 zeros, left zeroed; spares a fill a call.
-            One tensor per stream.
+        counters (`torch.Tensor`, *optional*): At least `[B * HK * ROW_COUNTERS]` int32 zeros, contiguous, left
+            zeroed; spares a fill a call. One tensor per stream.
         new (`tuple`, *optional*): Keys `[B, HK, 1, D]` and values `[B, HK, 1, DV]` of this token, not
             yet in the cache: they are appended as by [`append_tokens`], in the same launch where that is possible.
         super_stats (`PageStats`, *optional*): Statistics of the super-pages of `k`, required where `config` has
@@ -263,9 +266,9 @@ def unique_decode(
     Raises:
         ValueError: shapes or dtypes do not fit.
 
-    Numerics: as the parts; deterministic; lengths stay on the device; graph-safe. Two launches; one where no
-    row can have more pages than it attends to; four or five for votes that need the best score of each head; and a
-    fill without `counters`.
+    Numerics: as the parts; deterministic; lengths stay on the device; graph-safe. Three launches (scores, selection,
+    attention), five with super-pages; one where no row can have more pages than it attends to; two or three more for
+    votes that need the best score of each head; and a fill without `counters`.
     """
     score, upper = config.score, config.upper
     if new is not None and seq_lens is None:
@@ -292,6 +295,7 @@ def unique_decode(
     if new is not None:
         check_new(k, new[0], "keys")
         check_new(v, new[1], "values")
+    check_counters(counters, q.shape[0] * k.shape[1], q.device)
     slots = k.shape[2] if page_table is None else page_table.shape[1] * config.page_size
     rows = kernel_rows(slots, seq_lens, seq_starts, token_mask, page_table)
     page_ids = torch.empty((q.shape[0], k.shape[1], config.num_kept), dtype=torch.int32, device=q.device)

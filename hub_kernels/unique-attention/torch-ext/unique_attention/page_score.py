@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    COUNTERS,
     FORM,
     FP8,
     KIND,
+    SCORED,
     page_strides,
     row_length,
     row_start,
+    signal_row,
     stride_of,
     target_of,
     token_strides,
@@ -56,7 +59,7 @@ def score_blocks(
     "num_pages", "num_peaks", "capacity", "dense_pages", "stride_mask", "stride_table"
 ])  # fmt: skip
 def _page_score_fwd_kernel(
-    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, len_ptr, start_ptr, mask_ptr, table_ptr,
+    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, counter_ptr, len_ptr, start_ptr, mask_ptr, table_ptr,
     k_ptr, v_ptr, k_new_ptr, v_new_ptr, small_codes_ptr, small_scales_ptr, small_spread_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_cb, stride_ch, stride_cp, stride_cv,
@@ -77,7 +80,8 @@ def _page_score_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
-    SELECTING: tl.constexpr, APPEND: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr, PDL: tl.constexpr,
+    SELECTING: tl.constexpr, APPEND: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    SIGNAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 2 and 3. Program `(BLOCKS blocks of BLOCK_N pages, kv head, row)` scores its pages for the `G` heads.
 
@@ -85,8 +89,10 @@ def _page_score_fwd_kernel(
     leaves out what the selection of the next launch does not read: rows of at most `dense_pages` pages of `P / RATIO`
     tokens are dense. It reads peaks too where groups have more than one page. `APPEND`: one more program per row
     writes the new token and its statistics, which no selection reads before they are complete, for its page is forced.
+    `SIGNAL`: every program is counted when it is done.
     """
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
@@ -144,6 +150,8 @@ def _page_score_fwd_kernel(
             pages = block + tl.arange(0, BLOCK_N)
             for g in tl.static_range(1 if VOTE == VOTE_MEAN or VOTE == VOTE_MAX else G):
                 tl.store(row_out + g * stride_og + pages, nothing, mask=pages < num_pages)
+    if SIGNAL:
+        signal_row(counter_ptr + (pid_b * tl.num_programs(1) + pid_h) * COUNTERS + SCORED)
 
 
 @triton.jit(do_not_specialize=["num_pages"])
@@ -199,6 +207,8 @@ class Scoring(NamedTuple):
     blocks: int
     stages: int
     per_head: bool
+    # pages per program and warps where programs are few
+    few: tuple[int, int]
 
 
 def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Scoring:
@@ -222,12 +232,12 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     block_n, num_warps, blocks, stages = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
     if stats_dtype == "int4" and rows * num_pages <= 10_000 * target.num_sms:
         blocks = min(blocks, 4)
+    few = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
     # the query is prepared once per program: several blocks each, where programs are many
     if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
-        few = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
         block_n, num_warps, blocks, stages = few
-    block_n = max(16, block_n * 128 // max(block_d, 64))
-    return Scoring(constants, block_n, num_warps, blocks, stages, per_head)
+    block_n, few_n = (max(16, n * 128 // max(block_d, 64)) for n in (block_n, few[0]))
+    return Scoring(constants, block_n, num_warps, blocks, stages, per_head, (few_n, few[1]))
 
 
 def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
@@ -250,11 +260,13 @@ class Appending(NamedTuple):
 
 def launch_scores(
     q, stats, out, peaks, scoring, *, page_size, score_weight, stats_dtype, softmax_scale, seq_lens, seq_starts,
-    page_table, capacity, ratio=1, dense_pages=None, forced=(0, 0), group_size=1, appending=None, pdl=False,
+    page_table, capacity, ratio=1, dense_pages=None, forced=(0, 0), group_size=1, appending=None, counters=None,
+    pdl=False,
 ):  # fmt: skip
     """One score pass into `out [B, HK, N]`, or `[B, HK, G, N]` for a vote that needs each head's best score first.
 
-    With `dense_pages` for a selection in the next launch: that wants `peaks [B, HK, groups]` as well.
+    With `dense_pages` for a selection in the next launch: that wants `peaks [B, HK, groups]` as well. Returns the
+    number of programs per row, each of which is counted in `counters` if there are any.
     """
     paged = page_table is not None
     batch, num_kv_heads, num_pages = out.shape[0], out.shape[1], out.shape[-1]
@@ -270,7 +282,7 @@ def launch_scores(
         )  # fmt: skip
     programs = triton.cdiv(num_pages, scoring.block_n * scoring.blocks) + (appending is not None)
     _page_score_fwd_kernel[(programs, num_kv_heads, batch)](
-        q, *tensors, out, peaks, seq_lens, seq_starts, mask, page_table, *cache,
+        q, *tensors, out, peaks, counters, seq_lens, seq_starts, mask, page_table, *cache,
         q.stride(0), q.stride(1), q.stride(-1), *strides,
         out.stride(0), out.stride(1), out.stride(2) if scoring.per_head else 0,
         stride_of(seq_lens), stride_of(seq_starts), stride_of(mask), stride_of(page_table), *cache_strides,
@@ -279,8 +291,10 @@ def launch_scores(
         SINK=forced[0], RECENT=forced[1], GS=group_size,
         BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks, STAGES=scoring.stages,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_MASK=mask is not None, HAS_TABLE=paged,
-        SELECTING=dense_pages is not None, APPEND=appending is not None, PDL=pdl, num_warps=scoring.num_warps,
+        SELECTING=dense_pages is not None, APPEND=appending is not None, SIGNAL=counters is not None, PDL=pdl,
+        num_warps=scoring.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
+    return programs
 
 
 def page_scores(

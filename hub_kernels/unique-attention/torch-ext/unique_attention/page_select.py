@@ -15,13 +15,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import row_end, row_start, stride_of
+from ._common import (
+    CHOSEN,
+    COUNTERS,
+    LISTED,
+    SCORED,
+    await_row,
+    row_end,
+    row_start,
+    signal_row,
+    stride_of,
+)
 
 LOWEST = tl.constexpr(-2147483648)
 # pages that are searched one by one; counts of them share 32 bits
 MAX_CANDIDATES = 16384
 # rows of at most this many pages are searched without groups
 MAX_SINGLE = 1024
+SELECT_WARPS = 4
 
 
 @triton.jit
@@ -44,7 +55,7 @@ def _between(low, high):
 
 
 @triton.jit
-def _load_keys(values_ptr, index, mask):
+def load_keys(values_ptr, index, mask):
     """Ordered keys, the lowest outside the mask; NaN ranks as -inf, and the two zeros are one."""
     x = tl.load(values_ptr + index, mask=mask, other=0.0)
     return tl.where(mask, ordered(tl.where(x == x, x, float("-inf")) + 0.0), LOWEST)
@@ -97,7 +108,7 @@ def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SI
     reach_low = tl.sum((keys > LOWEST).to(tl.int32), axis=0)
     if not SINGLE:
         for tile in range(begin + TILE, end, TILE):
-            more = _load_keys(values_ptr, tile + offs, tile + offs < end)
+            more = load_keys(values_ptr, tile + offs, tile + offs < end)
             top = tl.maximum(top, tl.max(more, axis=0))
             low = tl.minimum(low, tl.min(tl.where(more > LOWEST, more, 0x7FFFFFFF), axis=0))
             reach_low += tl.sum((more > LOWEST).to(tl.int32), axis=0)
@@ -112,7 +123,7 @@ def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SI
         n1, n2, n3 = _count_three(keys, first, second, third, TILE)
         if not SINGLE:
             for tile in range(begin + TILE, end, TILE):
-                more = _load_keys(values_ptr, tile + offs, tile + offs < end)
+                more = load_keys(values_ptr, tile + offs, tile + offs < end)
                 m1, m2, m3 = _count_three(more, first, second, third, TILE)
                 n1 += m1
                 n2 += m2
@@ -153,48 +164,31 @@ def _positions(keys, key, tied, num_above, num_tied):
 
 
 @triton.jit
-def _store_best(keys, pages, ids_ptr, first_pos, last_pos, wanted, TILE: tl.constexpr):
-    """Positions `first_pos .. last_pos - 1` of the `wanted` best of some pages, which come in ascending order."""
+def store_best(keys, pages, ids_ptr, wanted, TILE: tl.constexpr):
+    """The `wanted` best of some pages, which come in ascending order."""
     key, above = _search(keys, ids_ptr, 0, 0, wanted, wanted, TILE, True)
     take, pos, _, _ = _positions(keys, key, wanted - above, 0, 0)
-    tl.store(ids_ptr + pos, pages, mask=take & (pos >= first_pos) & (pos < last_pos))
-
-
-@triton.jit
-def select_listed(
-    scores_ptr, supers_ptr, ids_ptr, first_page, last_page, first_pos, last_pos,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, KS: tl.constexpr,
-    RATIO: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Eq. 4 among the pages of `KS` listed super-pages, whose scores come in that order, forced pages as `-inf`."""
-    store_forced(ids_ptr, first_page, last_page, first_pos, last_pos, K, BLOCK_K, SINK, RECENT)
-    offs = tl.arange(0, TILE)
-    listed = tl.load(supers_ptr + offs // RATIO, mask=offs < KS * RATIO, other=-1)
-    pages = listed * RATIO + offs % RATIO
-    inside = (listed >= 0) & (pages >= first_page + SINK) & (pages < last_page - RECENT)
-    keys = _load_keys(scores_ptr, offs, inside)
-    _store_best(keys, pages, ids_ptr + SINK, first_pos - SINK, last_pos - SINK, K - SINK - RECENT, TILE)
+    tl.store(ids_ptr + pos, pages, mask=take)
 
 
 @triton.jit
 def store_forced(
-    ids_ptr, first_page, last_page, first_pos, last_pos,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-):  # fmt: skip
+    ids_ptr, first_page, last_page, K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr
+):
     """The first `SINK` and the last `RECENT` of `K` page ids."""
     offs_k = tl.arange(0, BLOCK_K)
     forced = tl.where(offs_k < SINK, first_page + offs_k, last_page - K + offs_k)
     is_forced = (offs_k < SINK) | ((offs_k >= K - RECENT) & (offs_k < K))
-    tl.store(ids_ptr + offs_k, forced, mask=is_forced & (offs_k >= first_pos) & (offs_k < last_pos))
+    tl.store(ids_ptr + offs_k, forced, mask=is_forced)
 
 
 @triton.jit
 def select_row(
-    scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page, first_pos, last_pos,
+    scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 4 for a row of more than `K` pages: writes positions `first_pos .. last_pos - 1` of the page ids.
+    """Eq. 4 for a row of more than `K` pages: writes their ids.
 
     The row has pages `first_page .. last_page - 1`; `peaks` holds the best score of every `GS` pages, forced pages
     left out; `groups` is scratch of `GROUPS` ids. A row of at most `TILE` pages needs neither (`GS` 1).
@@ -202,22 +196,22 @@ def select_row(
     wanted: tl.constexpr = K - SINK - RECENT
     begin = first_page + SINK
     end = last_page - RECENT
-    store_forced(ids_ptr, first_page, last_page, first_pos, last_pos, K, BLOCK_K, SINK, RECENT)
+    store_forced(ids_ptr, first_page, last_page, K, BLOCK_K, SINK, RECENT)
     if GS == 1:
         pages = begin + tl.arange(0, TILE)
-        keys = _load_keys(scores_ptr, pages, pages < end)
-        _store_best(keys, pages, ids_ptr + SINK, first_pos - SINK, last_pos - SINK, wanted, TILE)
+        keys = load_keys(scores_ptr, pages, pages < end)
+        store_best(keys, pages, ids_ptr + SINK, wanted, TILE)
     else:
         # the groups that can hold a page to keep
         first_group = begin // GS
         last_group = tl.cdiv(end, GS)
         offs = tl.arange(0, TILE)
-        peaks = _load_keys(peaks_ptr, first_group + offs, first_group + offs < last_group)
+        peaks = load_keys(peaks_ptr, first_group + offs, first_group + offs < last_group)
         key, above = _search(peaks, peaks_ptr, first_group, last_group, wanted, GROUPS, TILE, SINGLE)
         num_above = 0
         num_tied = 0
         for tile in range(first_group, tl.minimum(last_group, first_group + TILE) if SINGLE else last_group, TILE):
-            peaks = _load_keys(peaks_ptr, tile + offs, tile + offs < last_group)
+            peaks = load_keys(peaks_ptr, tile + offs, tile + offs < last_group)
             take, pos, num_above, num_tied = _positions(peaks, key, GROUPS - above, num_above, num_tied)
             tl.store(groups_ptr + pos, tile + offs, mask=take)
         num_groups = num_above + tl.minimum(num_tied, GROUPS - above)
@@ -227,8 +221,8 @@ def select_row(
         group = tl.load(groups_ptr + offs_c // GS, mask=offs_c // GS < num_groups, other=0)
         pages = group * GS + offs_c % GS
         inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
-        keys = _load_keys(scores_ptr, pages, inside)
-        _store_best(keys, pages, ids_ptr + SINK, first_pos - SINK, last_pos - SINK, wanted, GROUPS * GS)
+        keys = load_keys(scores_ptr, pages, inside)
+        store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS)
 
 
 @triton.jit
@@ -268,28 +262,48 @@ def _page_peaks_fwd_kernel(
     store_peaks(row_peaks, scores, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["num_pages"])
+@triton.jit(do_not_specialize=[
+    "capacity", "dense_pages", "programs", "stride_sb", "stride_sh", "stride_pb", "stride_ph"
+])  # fmt: skip
 def _page_select_fwd_kernel(
-    scores_ptr, peaks_ptr, ids_ptr, groups_ptr, len_ptr, start_ptr,
-    stride_sb, stride_sh, stride_pb, stride_ph, stride_ib, stride_ih, stride_len, stride_start, num_pages,
-    P: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
-    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    scores_ptr, peaks_ptr, ids_ptr, groups_ptr, counter_ptr, len_ptr, start_ptr,
+    stride_sb, stride_sh, stride_pb, stride_ph, stride_ib, stride_ih, stride_len, stride_start,
+    capacity, dense_pages, programs,
+    P: tl.constexpr, RATIO: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
+    SINGLE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    AWAIT: tl.constexpr, SIGNAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 4. Program `(kv head, row)` writes its `K` page ids."""
+    """Eq. 4. Program `(kv head, row)` writes its `K` page ids.
+
+    A row of at most `dense_pages` pages of `P / RATIO` tokens is dense: all its pages, or `-1` if those are more than
+    `K`. `AWAIT`: `programs` programs score a row first; `SIGNAL`: others wait for the ids.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     pid_h = tl.program_id(0).to(tl.int64)
     pid_b = tl.program_id(1).to(tl.int64)
-    last_page = tl.cdiv(row_end(len_ptr, stride_len, pid_b, num_pages * P, HAS_LENS), P)
-    first_page = tl.minimum(row_start(start_ptr, stride_start, pid_b, HAS_STARTS) // P, last_page)
+    row = pid_b * tl.num_programs(0) + pid_h
+    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
+    last_page = tl.cdiv(end, P)
+    first_page = tl.minimum(start // P, last_page)
+    small: tl.constexpr = P // RATIO
     row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
-    if last_page - first_page <= K:
+    if AWAIT:
+        await_row(counter_ptr + row * COUNTERS + SCORED, programs)
+        # ready for the next call
+        tl.store(counter_ptr + row * COUNTERS + SCORED, 0)
+    if (tl.cdiv(end, small) - start // small <= dense_pages) | (last_page - first_page <= K):
         list_all(row_ids, first_page, last_page - first_page, K, BLOCK_K)
     else:
         select_row(
             scores_ptr + pid_b * stride_sb + pid_h * stride_sh, peaks_ptr + pid_b * stride_pb + pid_h * stride_ph,
-            row_ids, groups_ptr + (pid_b * tl.num_programs(0) + pid_h) * GROUPS,
-            first_page, last_page, 0, K, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE,
+            row_ids, groups_ptr + row * GROUPS,
+            first_page, last_page, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE,
         )  # fmt: skip
+    if SIGNAL:
+        signal_row(counter_ptr + row * COUNTERS + (LISTED if RATIO > 1 else CHOSEN))
 
 
 class SelectPlan(NamedTuple):
@@ -326,15 +340,6 @@ def plan_selection(num_pages: int, num_scored: int) -> SelectPlan:
     return SelectPlan(group_size, groups, tile, num_peaks <= tile)
 
 
-def check_listed(num_supers: int, ratio: int):
-    """Refuses more super-pages, of `ratio` pages each, than a program can search page by page."""
-    if num_supers and triton.next_power_of_2(num_supers) * ratio > MAX_CANDIDATES:
-        raise NotImplementedError(
-            f"the Triton selection searches at most {MAX_CANDIDATES} pages one by one, got {num_supers} super-pages "
-            f"of {ratio}; use a smaller `super_budget`, a larger `page_size`, or impl='reference'."
-        )
-
-
 def write_peaks(scores, peaks, plan, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts):
     """Fills `peaks [B, HK, groups]` from `scores [B, HK, N]`."""
     batch, num_kv_heads, num_pages = scores.shape
@@ -346,23 +351,45 @@ def write_peaks(scores, peaks, plan, *, page_size, sink_pages, recent_pages, seq
     )  # fmt: skip
 
 
+def launch_select(
+    scores, peaks, groups, page_ids, plan, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts,
+    capacity=None, ratio=1, dense_pages=0, programs=None, counters=None, pdl=False,
+):  # fmt: skip
+    """Fills `page_ids [B, HK, K]` from `scores [B, HK, N]` and their `peaks`; `groups` is scratch.
+
+    With `counters` the launches before and after are in step row by row: `programs` of the one before score a row,
+    unless they are done by then (`None`).
+    """
+    batch, num_kv_heads, num_pages = scores.shape
+    num_kept = page_ids.shape[-1]
+    _page_select_fwd_kernel[(num_kv_heads, batch)](
+        scores, peaks, page_ids, groups, counters, seq_lens, seq_starts,
+        *scores.stride()[:2], *peaks.stride()[:2], *page_ids.stride()[:2],
+        stride_of(seq_lens), stride_of(seq_starts), capacity or num_pages * page_size, dense_pages, programs or 0,
+        P=page_size, RATIO=ratio, K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept),
+        SINK=sink_pages, RECENT=recent_pages,
+        GS=plan.group_size, GROUPS=plan.groups, TILE=plan.tile, SINGLE=plan.single,
+        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
+        AWAIT=programs is not None, SIGNAL=counters is not None, PDL=pdl, num_warps=SELECT_WARPS,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+def selection_scratch(rows: int, num_pages: int, plan: SelectPlan, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the peaks and the groups of a selection among `num_pages` pages of each row."""
+    peaks = torch.empty((rows, plan.peaks(num_pages)), dtype=torch.float32, device=device)
+    return peaks, torch.empty((rows, plan.groups), dtype=torch.int32, device=device)
+
+
 def select_pages(scores, page_ids, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts):
     """Fills `page_ids [B, HK, K]` from `scores [B, HK, N]`."""
     batch, num_kv_heads, num_pages = scores.shape
-    num_kept = page_ids.shape[-1]
-    plan = plan_selection(num_pages, num_kept - sink_pages - recent_pages)
-    peaks = torch.empty((batch, num_kv_heads, plan.peaks(num_pages)), dtype=torch.float32, device=scores.device)
-    groups = torch.empty((batch, num_kv_heads, plan.groups), dtype=torch.int32, device=scores.device)
+    plan = plan_selection(num_pages, page_ids.shape[-1] - sink_pages - recent_pages)
+    peaks, groups = selection_scratch(batch * num_kv_heads, num_pages, plan, scores.device)
+    peaks = peaks.view(batch, num_kv_heads, -1)
     lengths = {"page_size": page_size, "sink_pages": sink_pages, "recent_pages": recent_pages,
                "seq_lens": seq_lens, "seq_starts": seq_starts}  # fmt: skip
     if plan.group_size > 1:
         write_peaks(scores, peaks, plan, **lengths)
-    _page_select_fwd_kernel[(num_kv_heads, batch)](
-        scores, peaks, page_ids, groups, seq_lens, seq_starts,
-        *scores.stride()[:2], *peaks.stride()[:2], *page_ids.stride()[:2],
-        stride_of(seq_lens), stride_of(seq_starts), num_pages,
-        P=page_size, K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), SINK=sink_pages, RECENT=recent_pages,
-        GS=plan.group_size, GROUPS=plan.groups, TILE=plan.tile, SINGLE=plan.single,
-        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, num_warps=4,
-    )  # fmt: skip
+    launch_select(scores, peaks, groups, page_ids, plan, **lengths)
     return page_ids

@@ -2,7 +2,7 @@
 
 The last program of a row to finish merges the partial results, in a fixed order.
 
-May import torch, triton and `_common`.
+May import torch, triton, `_common`, `page_select` and `page_stats`.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,22 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import physical_page, row_end, row_start, stride_of, target_of, token_strides
+from ._checks import ROW_COUNTERS
+from ._common import (
+    CHOSEN,
+    COUNTERS,
+    FP8,
+    MERGED,
+    await_row,
+    physical_page,
+    row_length,
+    row_start,
+    stride_of,
+    target_of,
+    token_strides,
+)
+from .page_select import list_all
+from .page_stats import append_row, write_token
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -84,9 +99,10 @@ def attend_pages(
 def finish_row(
     acc, m_i, l_i, out_ptr, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, first_head, split,
     DV: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output of a row, after merging the partial results if there are several."""
+    """Writes the output of a row, after merging the partial results if there are several; its counters end at zero."""
+    row_counters = counter_ptr + row * COUNTERS
     offs_g = tl.arange(0, GP)
     offs_v = tl.arange(0, BDV)
     mask_g = offs_g < G
@@ -98,10 +114,10 @@ def finish_row(
         tl.store(ml_ptr + part * 2, m_i, mask=mask_g)
         tl.store(ml_ptr + part * 2 + 1, l_i, mask=mask_g)
         tl.debug_barrier()
-        last = tl.atomic_add(counter_ptr + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        last = tl.atomic_add(row_counters + MERGED, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
         if last:
             # ready for the next call
-            tl.store(counter_ptr + row, 0)
+            tl.store(row_counters + MERGED, 0)
             parts = (row * SPLITS + tl.arange(0, SPLITS)[:, None]) * GP + offs_g[None, :]
             extent = tl.load(ml_ptr + parts * 2, mask=mask_g[None, :], other=float("-inf"))  # [SPLITS, GP]
             m_i = tl.max(extent, axis=0)
@@ -115,6 +131,8 @@ def finish_row(
                 partial = tl.load(acc_ptr + part[:, None] * BDV + offs_v[None, :], mask=mask_o, other=0.0)
                 acc += partial * decay[:, None]
     if last:
+        if AWAIT:
+            tl.store(row_counters + CHOSEN, 0)
         if HAS_SINKS:
             sink = tl.load(sinks_ptr + first_head + offs_g, mask=mask_g, other=float("-inf")).to(tl.float32) * LOG2E
             m_new = tl.maximum(m_i, sink)
@@ -138,43 +156,95 @@ def split_of(listed, split, SPLITS: tl.constexpr, PAGES_PER_TILE: tl.constexpr):
     return first, tl.minimum(first + share, listed)
 
 
-@triton.jit(do_not_specialize=["capacity", "stride_mask", "stride_table"])
+@triton.jit(do_not_specialize=["capacity", "dense_pages", "stride_mask", "stride_table"])
 def _sparse_decode_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, ids_ptr, out_ptr, acc_ptr, ml_ptr, counter_ptr, sinks_ptr,
-    len_ptr, start_ptr, mask_ptr, table_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, len_ptr, start_ptr, mask_ptr, table_ptr,
+    ids_ptr, k_new_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
+    super_codes_ptr, super_scales_ptr, super_spread_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_kb, stride_kh, stride_kp, stride_kt,
-    stride_vb, stride_vh, stride_vp, stride_vt,
-    stride_ib, stride_ih, stride_ob, stride_oh,
-    stride_len, stride_start, stride_mask, stride_table,
-    capacity, scale, softcap,
+    stride_vb, stride_vh, stride_vp, stride_vt, stride_ob, stride_oh,
+    stride_len, stride_start, stride_mask, stride_table, stride_ib, stride_ih,
+    stride_nb, stride_nh, stride_wb, stride_wh,
+    stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
+    stride_db, stride_dh, stride_dp,
+    stride_ucb, stride_uch, stride_ucp, stride_ucv, stride_usb, stride_ush, stride_usp, stride_usv,
+    stride_udb, stride_udh, stride_udp,
+    capacity, dense_pages, scale, softcap,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, RATIO: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    ALL_DENSE: tl.constexpr, APPEND: tl.constexpr, AWAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 5. Program `(split, kv head, row)` attends to its slice of the listed pages."""
+    """Eq. 5. Program `(split, kv head, row)` attends to its slice of the listed pages.
+
+    A row of at most `dense_pages` pages attends to all of them, whatever the list says. `AWAIT`: the ids come from a
+    launch that is still running. `ALL_DENSE`: the list is written here. `APPEND`: one more program per row writes the
+    new token and its statistics.
+    """
+    if PDL:
+        if not AWAIT:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     row = pid_b * tl.num_programs(1) + pid_h
-    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    length = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
+    end = tl.minimum(length, capacity)
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
+    last_page = tl.cdiv(end, P)
+    first_page = tl.minimum(start // P, last_page)
+    row_k = k_ptr + pid_b * stride_kb + pid_h * stride_kh
+    row_v = v_ptr + pid_b * stride_vb + pid_h * stride_vh
     row_mask = mask_ptr
     if HAS_MASK:
         row_mask += pid_b * stride_mask
-    first_pos, last_pos = split_of(K, split, SPLITS, 1 if P > BLOCK_T else BLOCK_T // P)
+    if APPEND:
+        if split == SPLITS:
+            append_row(
+                k_ptr, v_ptr, k_new_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
+                super_codes_ptr, super_scales_ptr, super_spread_ptr, mask_ptr, table_ptr,
+                stride_kb, stride_kh, stride_kp, stride_kt, stride_vb, stride_vh, stride_vp, stride_vt,
+                stride_nb, stride_nh, stride_wb, stride_wh,
+                stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
+                stride_db, stride_dh, stride_dp,
+                stride_ucb, stride_uch, stride_ucp, stride_ucv, stride_usb, stride_ush, stride_usp, stride_usv,
+                stride_udb, stride_udh, stride_udp,
+                stride_mask, stride_table, pid_b, pid_h, start, end, length,
+                P, D, DV, C, BC, BDV, NG, RATIO, KIND, FORM, HAS_MASK, HAS_TABLE,
+            )  # fmt: skip
+            return
+    dense = last_page - first_page <= dense_pages
+    row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
+    if ALL_DENSE:
+        if split == 0:
+            list_all(row_ids, first_page, last_page - first_page, K, BLOCK_K)
+    listed = tl.where(dense, last_page - first_page, K)
+    first_pos, last_pos = split_of(listed, split, SPLITS, 1 if P > BLOCK_T else BLOCK_T // P)
+    if APPEND:
+        # the program of the last pages reads the new token, so it writes it too: the same bytes
+        if (first_pos < listed) & (last_pos == listed) & (length <= capacity):
+            write_token(
+                row_k, k_new_ptr + pid_b * stride_nb + pid_h * stride_nh,
+                row_v, v_new_ptr + pid_b * stride_wb + pid_h * stride_wh,
+                table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt, pid_b, length - 1,
+                P, D, DV, BD, BDV, HAS_TABLE,
+            )  # fmt: skip
+            tl.debug_barrier()
+    if AWAIT:
+        await_row(counter_ptr + row * COUNTERS + CHOSEN, 1)
     acc, m_i, l_i = attend_pages(
-        q_ptr + pid_b * stride_qb, stride_qh, stride_qd,
-        k_ptr + pid_b * stride_kb + pid_h * stride_kh, v_ptr + pid_b * stride_vb + pid_h * stride_vh,
-        ids_ptr + pid_b * stride_ib + pid_h * stride_ih, row_mask, table_ptr, stride_table,
-        stride_kp, stride_kt, stride_vp, stride_vt,
-        pid_b, pid_h * G, start, end, 0, first_pos, last_pos, False, scale, softcap,
+        q_ptr + pid_b * stride_qb, stride_qh, stride_qd, row_k, row_v, row_ids, row_mask,
+        table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt,
+        pid_b, pid_h * G, start, end, first_page, first_pos, last_pos, dense, scale, softcap,
         P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
     )  # fmt: skip
     finish_row(
         acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
-        split, DV, BDV, G, GP, SPLITS, HAS_SINKS,
+        split, DV, BDV, G, GP, SPLITS, HAS_SINKS, AWAIT,
     )  # fmt: skip
 
 
@@ -187,32 +257,24 @@ class Launch(NamedTuple):
     splits: int
 
 
-def launch_decode(
-    rows: int, tokens: int, row_bytes: int, num_sms: int, *, selecting: int = 0, levels: int = 1
-) -> Launch:
+def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launch:
     """Launch settings for `rows` rows of `tokens` tokens whose keys (or values) take `row_bytes` each.
 
-    Many rows fill the device alone; few are split until they do, at most once per tile. `selecting` pages per row are
-    searched first, on `levels` levels. Measured on an H200.
+    Many rows fill the device alone; few are split until they do, at most once per tile. Measured on an H200.
     """
     if rows >= 2 * num_sms:
-        # of the stages one goes to the page ids. A second level needs the registers of the others, and a search among
-        # many pages more threads
-        launch = Launch(32, 3, 4, 1) if levels == 2 else Launch(16, 7, 2, 1)
-        if levels == 1 and selecting > 4096:
-            launch = Launch(32, 7, 4, 1)
+        # of the stages one goes to the page ids
+        launch = Launch(16, 7, 2, 1)
     elif 3 * rows >= num_sms:
-        launch = Launch(64, 3, 4, 4) if not selecting else Launch(64, 3, 8, 2) if levels == 1 else Launch(128, 1, 8, 2)
+        launch = Launch(64, 3, 4, 4)
     else:
-        launch = Launch(64, 1, 8 if selecting else 4, 1)
+        launch = Launch(64, 1, 4, 1)
     if row_bytes > 256:
         launch = launch._replace(block_t=max(16, launch.block_t * 256 // row_bytes))
     tiles = triton.cdiv(tokens, launch.block_t)
     splits = launch.splits
     if 3 * rows < num_sms:
-        # a search in every program costs more than the tiles it spares
-        most = num_sms if selecting else 2 * num_sms
-        while splits * 2 <= min(tiles, 32) and rows * splits * 2 <= most:
+        while splits * 2 <= min(tiles, 32) and rows * splits * 2 <= 2 * num_sms:
             splits *= 2
     return launch._replace(splits=max(1, min(splits, tiles)))
 
@@ -239,7 +301,7 @@ def plan_attention(
     partial = torch.empty((parts, block_dv), dtype=torch.float32, device=q.device)
     extent = torch.empty((parts, 2), dtype=torch.float32, device=q.device)
     if counters is None:
-        counters = torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=q.device)
+        counters = torch.zeros(batch * num_kv_heads * ROW_COUNTERS, dtype=torch.int32, device=q.device)
     return Attending(
         (q, k, v, out, partial, extent, counters, sinks, seq_lens, seq_starts, token_mask, page_table),
         (
@@ -267,6 +329,36 @@ def capacity_of(k, page_table, page_size: int) -> int:
     return k.shape[2] if page_table is None else page_table.shape[1] * page_size
 
 
+class Cached(NamedTuple):
+    """A new token and the statistics that it changes: tensors, strides and compile-time constants of the append."""
+
+    tensors: tuple
+    strides: tuple
+    constants: dict
+
+
+NOTHING_CACHED = Cached((None,) * 8, (0,) * 26, {"C": 1, "BC": 1, "NG": 1, "RATIO": 1, "KIND": 0, "FORM": 0})
+
+
+def launch_attend(
+    call: Attending, page_ids, launch: Launch, *, capacity, softmax_scale, softcap, dense_pages=-1,
+    cached: Cached = NOTHING_CACHED, all_dense=False, waits=False, pdl=False,
+):  # fmt: skip
+    """One attention pass over listed pages, into the `out` of the call.
+
+    With `all_dense` every row attends to all its pages, which are listed here, and with `cached` a new token is written
+    as well; with `waits` the page ids come row by row from the launch before.
+    """
+    batch, num_kv_heads, num_kept = page_ids.shape
+    append = cached is not NOTHING_CACHED
+    _sparse_decode_fwd_kernel[(launch.splits + append, num_kv_heads, batch)](
+        *call.tensors, page_ids, *cached.tensors, *call.strides, *page_ids.stride()[:2], *cached.strides,
+        capacity, dense_pages, softmax_scale, softcap or 0.0,
+        K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), **call.constants, **cached.constants,
+        ALL_DENSE=all_dense, APPEND=append, AWAIT=waits, PDL=pdl, num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
 def sparse_decode(q, k, v, page_ids, out, *, page_size, softmax_scale, softcap, page_table, **lengths):
     """Fills `out [B, H, 1, DV]`."""
     rows, num_kept = q.shape[0] * k.shape[1], page_ids.shape[-1]
@@ -274,12 +366,6 @@ def sparse_decode(q, k, v, page_ids, out, *, page_size, softmax_scale, softcap, 
     call = plan_attention(
         q, k, v, out, launch, page_size=page_size, softcap=softcap, page_table=page_table, counters=None, **lengths
     )
-    q, k, v, out, *rest = call.tensors
-    strides = call.strides
-    _sparse_decode_fwd_kernel[(launch.splits, k.shape[1], q.shape[0])](
-        q, k, v, page_ids, out, *rest,
-        *strides[:11], *page_ids.stride()[:2], *strides[11:],
-        capacity_of(k, page_table, page_size), softmax_scale, softcap or 0.0,
-        K=num_kept, **call.constants, num_warps=launch.num_warps,
-    )  # fmt: skip
+    capacity = capacity_of(k, page_table, page_size)
+    launch_attend(call, page_ids, launch, capacity=capacity, softmax_scale=softmax_scale, softcap=softcap)
     return out

@@ -167,6 +167,11 @@ class UniqueDynamicLayer(DynamicLayer):
         fields = len(ops.PageStats._fields)
         self.index.move_to(*(ops.PageStats(*stats[i : i + fields]) for i in range(0, len(stats), fields)))
 
+    @property
+    def num_counters(self) -> int:
+        """Size of the counters that `enter_fixed` takes."""
+        return self.keys.shape[0] * self.keys.shape[1] * ops.ROW_COUNTERS
+
     def enter_fixed(self, seq_lens: torch.Tensor, capacity: int, counters: torch.Tensor | None = None) -> None:
         """Freeze shapes and addresses for a captured decode step.
 
@@ -177,7 +182,7 @@ class UniqueDynamicLayer(DynamicLayer):
             seq_lens (`torch.Tensor`): `[B]`, device; slots in use, the tokens of the coming step included. Owned and
                 advanced by the caller, shared by all layers.
             capacity (`int`): Slots to provide.
-            counters (`torch.Tensor`, *optional*): `[B * HK]` int32 zeros, scratch of `unique_decode`; with them the
+            counters (`torch.Tensor`, *optional*): `num_counters` int32 zeros, scratch of `unique_decode`; with them the
                 new token is not written by `update` but handed to the decode op, which writes it on the way.
         Raises:
             ValueError: The layer is asleep, empty, or longer than `capacity`.
