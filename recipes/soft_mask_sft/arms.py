@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.soft_mask_sft.experiment import PRESETS, START, Workers, run_task, tasks
+from recipes.soft_mask_sft.experiment import PRESETS, SCHEDULES, START, Workers, run_task, scheduled, tasks
 from recipes.soft_mask_sft.pocket_quality import bootstrap, mcnemar
 
 PLANNED = ("steps", "tokens", "rate", "temperature", "dense_share", "clip", "mix")
@@ -79,7 +79,7 @@ def earlier(file, preset, split):
             f"expected results of the same plan and split to resume, {file} has {found['plan']} on {found['split']}, "
             f"not {plan} on {split}: leave --resume out, or give the options of that call"
         )
-    return found["records"]
+    return [{"revision": found["revision"], **record} for record in found["records"]]
 
 
 def write(out, preset, records, options):
@@ -134,6 +134,7 @@ def parse_args():
     )
     parser.add_argument("--resume", type=Path, help="arms.json of an earlier call: its arms are kept, not run again")
     parser.add_argument("--ship", nargs="*", default=["soft-p16-s0", "soft-p8-s0"], help="checkpoints to copy to OUT")
+    parser.add_argument("--schedule", choices=sorted(SCHEDULES), default="plan", help="a plan that `tune.py` tries")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--tokens", type=int, help="tokens per step")
     parser.add_argument("--rate", type=float, help="share of the learning rates of the first training")
@@ -151,7 +152,7 @@ def parse_args():
 def main():
     """Runs the arms on all devices, writes results after each."""
     began, args = time.time(), parse_args()
-    preset = PRESETS[args.preset]
+    preset = scheduled(args.preset, args.schedule)
     changes = {name: value for name in PLANNED if (value := getattr(args, name)) is not None}
     changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     preset = replace(preset, plan=replace(preset.plan, **changes))
@@ -177,7 +178,7 @@ def main():
                 failed.append(name)
                 print(f"== {name} FAILED: {type(error).__name__}: {error}", flush=True)
                 continue
-            records += future.result()
+            records += [{"revision": args.revision, **record} for record in future.result()]
             if not future.result():
                 print(f"== {name}: no time left", flush=True)
             write(args.out, preset, records, options)

@@ -95,7 +95,7 @@ def _training(results, own):
         ["seconds", f"{training['seconds']:g}"],
         ["device", environment["device"]],
         ["versions", ", ".join(f"{name} {version}" for name, version in sorted(environment["versions"].items()))],
-        ["revision, seed", f"{results['revision']}, {own['seed']}"],
+        ["revision, seed", f"{own.get('revision', results['revision'])}, {own['seed']}"],
     ]
     return {"title": "Training", "columns": ["", "value"], "rows": rows}
 

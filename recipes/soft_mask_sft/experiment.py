@@ -4,7 +4,7 @@ import functools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,10 +52,10 @@ H200 = Preset(
     workers=14,
     cells=(
         *(Cell(16384, budget) for budget in (None, 256, 512, 1024, 2048)),
-        *(Cell(16384, budget, trained=False) for budget in (128, 4096)),
+        *(Cell(16384, budget) for budget in (128, 4096)),
         *(Cell(8192, budget) for budget in (None, 256)),
-        *(Cell(32768, budget, trained=False) for budget in (None, 512, 1024)),
-        *(Cell(1024, budget, trained=False) for budget in (None, 128)),
+        *(Cell(32768, budget) for budget in (None, 512, 1024)),
+        *(Cell(1024, budget) for budget in (None, 128)),
     ),
     sizes={1024: (16, 8), 8192: (8, 32), 16384: (8, 64), 32768: (8, 64)},
     rows={1024: 128, 8192: 256, 16384: 256, 32768: 128},
@@ -63,7 +63,7 @@ H200 = Preset(
     tuning_cells=(
         *(Cell(length, None) for length in (1024, 8192, 16384, 32768)),
         *(Cell(16384, budget) for budget in (256, 512)),
-        Cell(32768, 1024, trained=False),
+        Cell(32768, 1024),
     ),
     tuning_sizes={1024: (16, 8), 8192: (8, 32), 16384: (8, 64), 32768: (4, 64)},
 )
@@ -71,7 +71,7 @@ SMOKE = Preset(
     plan=Plan(steps=3, tokens=512, lengths={256: 0.5, 128: 0.5}, dense_lengths={256: 1.0}, budgets=(64, 96), warmup=1),
     text_bytes=1 << 20,
     workers=1,
-    cells=(Cell(512, None), Cell(512, 96), Cell(768, 96, trained=False)),
+    cells=(Cell(512, None), Cell(512, 96), Cell(768, 96)),
     sizes={512: (2, 3), 768: (1, 3)},
     rows={512: 6, 768: 3},
     recall_cell=(512, 96),
@@ -79,6 +79,51 @@ SMOKE = Preset(
     tuning_sizes={512: (1, 3)},
 )
 PRESETS = {"h200": H200, "smoke": SMOKE}
+HALF = {"tokens": 32768, "steps": 300}
+# masked rows as long as the model goes and budgets around 3 % of 16k, for the price of the preset's plan
+LONG = {"steps": 200, "lengths": {32768: 0.2, 16384: 0.5, 8192: 0.3}, "budgets": (256, 1024)}
+SHARP = {"temperature": (0.5, 0.02)}
+# by name, what differs from the preset's plan
+SCHEDULES = {
+    "plan": {},
+    "half": HALF,
+    "wide": {"temperature": (1.0, 0.15)},
+    "half-rate2": {**HALF, "rate": 0.2},
+    "half-wide": {**HALF, "temperature": (1.0, 0.15)},
+    "unclipped": {"clip": 1.0},
+    "half-dense7": {**HALF, "dense_share": 0.7},
+    "half-slow": {**HALF, "rate": 0.05},
+    "sharp": SHARP,
+    "long": LONG,
+    "long-sharp": {**LONG, **SHARP},
+    "long-sharp-clip5": {**LONG, **SHARP, "clip": 0.5},
+    "long-clip5": {**LONG, "clip": 0.5},
+    "long-wide-clip5": {**LONG, "temperature": (1.0, 0.15), "clip": 0.5},
+}
+# what the smoke preset keeps
+SIZES = ("tokens", "steps", "lengths", "dense_lengths", "budgets")
+
+
+def scheduled(preset, schedule):
+    """A preset with the plan of a schedule, and its cells marked accordingly; the smoke preset keeps its sizes.
+
+    Args:
+        preset (`str`): One of `PRESETS`.
+        schedule (`str`): One of `SCHEDULES`.
+    """
+    base, changes = PRESETS[preset], SCHEDULES[schedule]
+    if preset == "smoke":
+        changes = {name: value for name, value in changes.items() if name not in SIZES}
+    plan = replace(base.plan, **changes)
+    cells = tuple(replace(cell, trained=_met(cell, plan)) for cell in base.cells)
+    return replace(base, plan=plan, cells=cells)
+
+
+def _met(cell, plan):
+    """Whether training has rows of that length, and, below a budget, the mask with one like it."""
+    if cell.budget is None:
+        return cell.length in {**plan.lengths, **plan.dense_lengths}
+    return cell.length in plan.lengths and plan.budgets[0] <= cell.budget <= plan.budgets[1]
 
 
 @dataclass(frozen=True)

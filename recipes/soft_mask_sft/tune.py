@@ -11,28 +11,25 @@ import argparse
 import json
 import time
 from concurrent.futures import as_completed
-from dataclasses import replace
+from pathlib import Path
 
-from recipes.soft_mask_sft.arms import PLANNED, add_options, environment
-from recipes.soft_mask_sft.experiment import PRESETS, Task, Workers, release, tokenizer_of, trained
+from recipes.soft_mask_sft.arms import add_options, environment
+from recipes.soft_mask_sft.experiment import (
+    PRESETS,
+    SCHEDULES,
+    Task,
+    Workers,
+    release,
+    scheduled,
+    tokenizer_of,
+    trained,
+)
 from recipes.soft_mask_sft.pocket_quality import evaluate
 from recipes.soft_mask_sft.pocket_training import mixed
 from unique_hf.table import render
 
 FACTORS = (0.5, 0.75, 1.0)
 ALLOWED_LOSS = 0.005
-HALF = {"tokens": 32768, "steps": 300}
-# what differs from the preset's plan; the first ones are run first
-SCHEDULES = {
-    "plan": {},
-    "half": HALF,
-    "wide": {"temperature": (1.0, 0.15)},
-    "half-rate2": {**HALF, "rate": 0.2},
-    "half-wide": {**HALF, "temperature": (1.0, 0.15)},
-    "unclipped": {"clip": 1.0},
-    "half-dense7": {**HALF, "dense_share": 0.7},
-    "half-slow": {**HALF, "rate": 0.05},
-}
 
 
 def run_schedule(task, preset, options):
@@ -88,20 +85,6 @@ def choose(rows, key):
     return min(trained_rows, key=lambda row: loss_of(row, rows), default=None)
 
 
-def options_of(plan, mix):
-    """A plan as options of `arms.py`."""
-    words = []
-    for name in PLANNED:
-        value = mix if name == "mix" else getattr(plan, name)
-        values = " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in _parts(value))
-        words.append(f"--{name.replace('_', '-')} {values}")
-    return " ".join(words)
-
-
-def _parts(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
 def report(rows, page_size):
     """The table of one page size."""
     rows = [row for row in rows if row["page_size"] == page_size]
@@ -112,53 +95,81 @@ def report(rows, page_size):
     return f"page {page_size}\n" + render(["schedule", "mix", *keys, "seconds"], lines)
 
 
-def main():
-    """Runs the schedules on all devices, writes OUT/tune.json after each and OUT/chosen.txt, and prints a table."""
+def earlier(file):
+    """Rows of an earlier call, whose schedules must be what they are now."""
+    found = json.loads(file.read_text())
+    now = json.loads(json.dumps(SCHEDULES))
+    changed = {row["schedule"] for row in found["rows"] if row["schedule"] != "start"}
+    changed = sorted(name for name in changed if found["schedules"][name] != now.get(name))
+    if changed:
+        raise ValueError(
+            f"expected the schedules of {file} to be those of now, {', '.join(changed)} differ: leave --resume out, "
+            "or give the new ones names of their own"
+        )
+    return found["rows"]
+
+
+def jobs_of(args, done):
+    """Names, tasks and presets to run: the start and each schedule, at each page size, without those that are done."""
+    jobs = []
+    for page_size in args.page_sizes:
+        wanted = [("start", PRESETS[args.preset])]
+        wanted += [(name, scheduled(args.preset, name)) for name in args.schedules]
+        for name, preset in wanted:
+            if (name, page_size) not in done:
+                arm = "start" if name == "start" else "soft"
+                jobs.append((name, (Task(arm, 0, (), page_size), preset)))
+    return jobs
+
+
+def parse_args():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--schedules", nargs="+", choices=sorted(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[16], help="the first one decides")
-    began, args = time.time(), parser.parse_args()
-    base, jobs, names, rows = PRESETS[args.preset], [], [], []
-    for page_size in args.page_sizes:
-        jobs.append((Task("start", 0, (), page_size), base))
-        names.append("start")
-        for name in args.schedules:
-            plan = replace(base.plan, **_scaled(SCHEDULES[name], args.preset))
-            jobs.append((Task("soft", 0, (), page_size), replace(base, plan=plan)))
-            names.append(name)
+    parser.add_argument("--resume", type=Path, help="tune.json of an earlier call: its rows are kept, not run again")
+    return parser.parse_args()
+
+
+def main():
+    """Runs the schedules on all devices, writes OUT/tune.json after each and OUT/chosen.txt, and prints a table."""
+    began, args = time.time(), parse_args()
+    rows = earlier(args.resume) if args.resume else []
+    jobs = jobs_of(args, {(row["schedule"], row["page_size"]) for row in rows})
     for folder in (args.out, args.state):
         folder.mkdir(parents=True, exist_ok=True)
     options = {
         "model": args.model, "state": args.state, "estimate": args.estimate, "deadline": began + 60 * args.minutes,
     }  # fmt: skip
     with Workers(args.per_gpu) as workers:
-        futures = workers.submit(jobs, run_schedule, options)
+        futures = workers.submit([job for _, job in jobs], run_schedule, options)
         for future in as_completed(futures):
-            name = names[futures[future]]
+            name = jobs[futures[future]][0]
             if future.exception() is not None:
                 print(f"== {name} FAILED: {future.exception()!r}", flush=True)
                 continue
-            found = [{"schedule": name, **row} for row in future.result()]
+            found = [{"schedule": name, "revision": args.revision, **row} for row in future.result()]
             rows += found
-            results = {"environment": environment(), "revision": args.revision, "rows": rows, "schedules": SCHEDULES}
+            results = {"environment": environment(), "rows": rows, "schedules": SCHEDULES}
             (args.out / "tune.json").write_text(json.dumps(results, indent=1) + "\n")
             print(f"== {name}: {found or 'no time left'} after {time.time() - began:.0f} s", flush=True)
+            conclude(args, rows)
+
+
+def conclude(args, rows):
+    """Writes what the rule picks of the rows so far to OUT/chosen.txt, as options of `arms.py`, and prints all."""
     for page_size in args.page_sizes:
-        print("\n" + report(rows, page_size))
-    key = "/".join(map(str, base.recall_cell))
+        if any(row["page_size"] == page_size for row in rows):
+            print("\n" + report(rows, page_size))
+    key = "/".join(map(str, PRESETS[args.preset].recall_cell))
+    if not any(row["schedule"] == "start" and row["page_size"] == args.page_sizes[0] for row in rows):
+        return
     best = choose([row for row in rows if row["page_size"] == args.page_sizes[0]], key)
-    if best is None:
-        raise SystemExit("no schedule was trained: give more --minutes")
-    plan = replace(base.plan, **_scaled(SCHEDULES[best["schedule"]], args.preset))
-    chosen = options_of(plan, best["mix"])
-    (args.out / "chosen.txt").write_text(chosen + "\n")
-    print(f"\nchosen: {best['schedule']} at mix {best['mix']}: {chosen}")
-
-
-def _scaled(changes, preset):
-    """Changes of a schedule; the smoke preset keeps its own size."""
-    return {name: value for name, value in changes.items() if preset != "smoke" or name not in HALF}
+    if best is not None:
+        chosen = f"--schedule {best['schedule']} --mix {best['mix']:g}"
+        (args.out / "chosen.txt").write_text(chosen + "\n")
+        print(f"\nchosen: {chosen}", flush=True)
 
 
 if __name__ == "__main__":

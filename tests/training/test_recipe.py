@@ -146,7 +146,50 @@ def test_the_choice_keeps_dense_accuracy_first():
     assert tune.choose(rows, "16384/512") is best
     assert tune.choose([start, *rows[3:]], "16384/512") is rows[3]
     assert tune.choose([start], "16384/512") is None
-    assert "--temperature 0.5 0.08" in tune.options_of(PLAN, 0.75) and "--mix 0.75" in tune.options_of(PLAN, 0.75)
+
+
+def test_schedules_change_the_plan_and_what_counts_as_trained():
+    default, long = (experiment.scheduled("h200", name) for name in ("plan", "long-sharp"))
+    assert (default.plan, long.plan.temperature) == (experiment.H200.plan, (0.5, 0.02))
+    trained = {(cell.length, cell.budget): cell.trained for cell in default.cells}
+    assert trained[16384, 512] and trained[32768, None] and not trained[16384, 128] and not trained[32768, 512]
+    trained = {(cell.length, cell.budget): cell.trained for cell in long.cells}
+    assert trained[32768, 512] and not trained[16384, 2048] and trained[8192, 256]
+    assert experiment.scheduled("smoke", "long-sharp").plan.lengths == experiment.SMOKE.plan.lengths
+
+
+def test_tuning_goes_on_where_an_earlier_call_ended(tmp_path, monkeypatch, capsys):
+    accuracy = {"512/dense": 1.0, "512/96": 0.5}
+    rows = [
+        {"schedule": name, "page_size": 16, "mix": mix, "accuracy": accuracy, "seconds": 1.0}
+        for name, mix in (("start", 0.0), ("plan", 0.5))
+    ]
+    file = tmp_path / "tune.json"
+    file.write_text(json.dumps({"rows": rows, "schedules": {"plan": {}}}))
+    command = [
+        "tune",
+        "--preset",
+        "smoke",
+        "--schedules",
+        "plan",
+        "long",
+        "--resume",
+        str(file),
+        "--out",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    args = tune.parse_args()
+    done = {(row["schedule"], row["page_size"]) for row in tune.earlier(file)}
+    assert [name for name, _ in tune.jobs_of(args, done)] == ["long"]
+    tune.conclude(args, rows)
+    assert (tmp_path / "chosen.txt").read_text() == "--schedule plan --mix 0.5\n"
+    assert "chosen: --schedule plan --mix 0.5" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["arms", "--out", "x", *(tmp_path / "chosen.txt").read_text().split()])
+    assert (arms.parse_args().schedule, arms.parse_args().mix) == ("plan", 0.5)
+    file.write_text(json.dumps({"rows": rows, "schedules": {"plan": {"clip": 1.0}}}))
+    with pytest.raises(ValueError, match="plan differ"):
+        tune.earlier(file)
 
 
 def test_every_task_has_a_name_of_its_own_and_two_seeds():
