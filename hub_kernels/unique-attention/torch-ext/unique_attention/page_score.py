@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    APPENDED,
     COUNTERS,
     FORM,
     FP8,
@@ -151,7 +152,9 @@ def _page_score_fwd_kernel(
             for g in tl.static_range(1 if VOTE == VOTE_MEAN or VOTE == VOTE_MAX else G):
                 tl.store(row_out + g * stride_og + pages, nothing, mask=pages < num_pages)
     if SIGNAL:
-        signal_row(counter_ptr + (pid_b * tl.num_programs(1) + pid_h) * COUNTERS + SCORED)
+        # attention waits for the token, the selection only for scores
+        kind = tl.where(pid < 0, APPENDED, SCORED)
+        signal_row(counter_ptr + (pid_b * tl.num_programs(1) + pid_h) * COUNTERS + kind)
 
 
 @triton.jit(do_not_specialize=["num_pages"])
@@ -190,8 +193,10 @@ def _page_vote_fwd_kernel(
 # pages per block at head dim 128, warps, blocks per program where programs are many, depth of the loads' pipeline;
 # measured on an H200
 SCORE_LAUNCH = {
-    "fp32": (32, 4, 1, 1), "bf16": (16, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (64, 1, 4, 3), "int4": (64, 1, 8, 1),
+    "fp32": (32, 4, 1, 1), "bf16": (32, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (64, 1, 4, 3), "int4": (64, 1, 8, 1),
 }  # fmt: skip
+# int4 again, where less than two waves of those programs would be left
+MEDIUM_LAUNCH = (64, 2, 4, 1)
 # the same where programs are few
 FEW_LAUNCH = {"fp32": (32, 4, 1, 1), "bf16": (32, 4, 1, 1)}
 # codes that are unpacked to float32, for want of dp4a or of whole groups: more threads, or the vectors spill
@@ -230,8 +235,8 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     squared = score in ("diagonal", "moment")
     unpacked = stats_dtype in ("int8", "int4") and (squared or not constants["DP4A"])
     block_n, num_warps, blocks, stages = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
-    if stats_dtype == "int4" and rows * num_pages <= 10_000 * target.num_sms:
-        blocks = min(blocks, 4)
+    if stats_dtype == "int4" and not unpacked and rows * num_pages <= 10_000 * target.num_sms:
+        block_n, num_warps, blocks, stages = MEDIUM_LAUNCH
     few = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
     # the query is prepared once per program: several blocks each, where programs are many
     if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
@@ -266,7 +271,7 @@ def launch_scores(
     """One score pass into `out [B, HK, N]`, or `[B, HK, G, N]` for a vote that needs each head's best score first.
 
     With `dense_pages` for a selection in the next launch: that wants `peaks [B, HK, groups]` as well. Returns the
-    number of programs per row, each of which is counted in `counters` if there are any.
+    number of programs that score a row; all are counted in `counters` if there are any.
     """
     paged = page_table is not None
     batch, num_kv_heads, num_pages = out.shape[0], out.shape[1], out.shape[-1]
@@ -280,8 +285,8 @@ def launch_scores(
             *token_strides(k, paged, page_size // ratio), *token_strides(v, paged, page_size // ratio),
             *new[0].stride()[:2], *new[1].stride()[:2], *small_strides,
         )  # fmt: skip
-    programs = triton.cdiv(num_pages, scoring.block_n * scoring.blocks) + (appending is not None)
-    _page_score_fwd_kernel[(programs, num_kv_heads, batch)](
+    programs = triton.cdiv(num_pages, scoring.block_n * scoring.blocks)
+    _page_score_fwd_kernel[(programs + (appending is not None), num_kv_heads, batch)](
         q, *tensors, out, peaks, counters, seq_lens, seq_starts, mask, page_table, *cache,
         q.stride(0), q.stride(1), q.stride(-1), *strides,
         out.stride(0), out.stride(1), out.stride(2) if scoring.per_head else 0,

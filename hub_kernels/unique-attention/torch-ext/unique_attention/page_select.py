@@ -57,34 +57,35 @@ def load_keys(values_ptr, index, mask):
 
 
 @triton.jit
-def _thresholds(low, high, linear, NT: tl.constexpr):
-    """`NT` keys inside `low .. high`: equal steps of the values if `linear`, else of the keys."""
-    part = 1 + tl.arange(0, NT)
+def _fifth(low, high, part: tl.constexpr, linear):
+    """The key `part` fifths of the way from `low` to `high`: of the values if `linear`, else of the keys."""
+    key = low + tl.maximum(high // 5 - low // 5, 1) * part
     bottom = _unordered(low)
-    step = (_unordered(high - 1) - bottom) / (NT + 1)
-    # 32 bits may overflow on the way, but wrap around into place
-    trial = low + tl.maximum(high // (NT + 1) - low // (NT + 1), 1) * part
-    # infinities and their differences have no steps
+    step = 0.2 * (_unordered(high - 1) - bottom)
+    # infinities and their differences have no fifths
     if linear & (step >= 0.0) & (step < float("inf")):
-        trial = ordered(bottom + step * part.to(tl.float32) + 0.0)
-    return tl.minimum(tl.maximum(trial, low + 1), high - 1)
+        key = ordered(bottom + step * part + 0.0)
+    return tl.minimum(tl.maximum(key, low + 1), high - 1)
 
 
 @triton.jit
-def _count_reaching(keys, thresholds):
-    """How many keys reach each threshold."""
-    return tl.sum((keys[:, None] >= thresholds[None, :]).to(tl.int32), axis=0)
+def _count_four(keys, a, b, c, d):
+    """How many keys, at most 32767, reach each of four thresholds: one sum, 16 bits each."""
+    few = (keys >= a).to(tl.int32) + ((keys >= b).to(tl.int32) << 16)
+    more = (keys >= c).to(tl.int32) + ((keys >= d).to(tl.int32) << 16)
+    total = tl.sum(few.to(tl.int64) + (more.to(tl.int64) << 32), axis=0)
+    few = total.to(tl.int32)
+    more = (total >> 32).to(tl.int32)
+    return few & 0xFFFF, few >> 16, more & 0xFFFF, more >> 16
 
 
 @triton.jit
-def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr, NT: tl.constexpr):
+def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr):
     """Where to cut so that `wanted` to `enough` keys are taken, or, if ties forbid it, the key that must be shared.
 
     Returns a key and how many keys exceed it: those are taken, and of the keys equal to it as many as are still
     wanted. `keys` are the first `TILE` of `begin .. end - 1`; fewer than `wanted` are all taken.
     """
-    # counting among many keys takes registers
-    FEW: tl.constexpr = 8 if TILE > 1024 and NT > 8 else NT
     offs = tl.arange(0, TILE)
     top = tl.max(keys, axis=0)
     low = tl.min(tl.where(keys > LOWEST, keys, HIGHEST), axis=0)
@@ -100,18 +101,42 @@ def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SI
     trial = tl.full((), 0, tl.int32)
     while (reach_low > enough) & (low < high - 1):
         # most values are told apart soonest by equal steps, those bunched beside an outlier by the order of the keys
-        thresholds = _thresholds(low, high, (trial & 1) == 0, FEW)
+        linear = (trial & 1) == 0
         trial += 1
-        counts = _count_reaching(keys, thresholds)
+        # a bound may round beyond the next one, which does no harm: each is judged by its own count
+        a = _fifth(low, high, 1, linear)
+        b = _fifth(low, high, 2, linear)
+        c = _fifth(low, high, 3, linear)
+        d = _fifth(low, high, 4, linear)
+        na, nb, nc, nd = _count_four(keys, a, b, c, d)
         if not SINGLE:
             for tile in range(begin + TILE, end, TILE):
-                counts += _count_reaching(load_keys(values_ptr, tile + offs, tile + offs < end), thresholds)
-        # between the last threshold that enough keys reach and the first that too few do
-        reached = counts >= wanted
-        low = tl.maximum(low, tl.max(tl.where(reached, thresholds, LOWEST), axis=0))
-        reach_low = tl.minimum(reach_low, tl.min(tl.where(reached, counts, HIGHEST), axis=0))
-        high = tl.minimum(high, tl.min(tl.where(reached, HIGHEST, thresholds), axis=0))
-        reach_high = tl.maximum(reach_high, tl.max(tl.where(reached, 0, counts), axis=0))
+                ma, mb, mc, md = _count_four(load_keys(values_ptr, tile + offs, tile + offs < end), a, b, c, d)
+                na += ma
+                nb += mb
+                nc += mc
+                nd += md
+        if nd >= wanted:
+            low = d
+            reach_low = nd
+        elif nc >= wanted:
+            low = c
+            reach_low = nc
+            high = d
+            reach_high = nd
+        elif nb >= wanted:
+            low = b
+            reach_low = nb
+            high = c
+            reach_high = nc
+        elif na >= wanted:
+            low = a
+            reach_low = na
+            high = b
+            reach_high = nb
+        else:
+            high = a
+            reach_high = na
     tie = reach_low > enough
     return tl.where(tie, low, low - 1), tl.where(tie, reach_high, reach_low)
 
@@ -132,9 +157,9 @@ def _positions(keys, key, tied, num_above, num_tied):
 
 
 @triton.jit
-def store_best(keys, pages, ids_ptr, wanted, TILE: tl.constexpr, NT: tl.constexpr):
+def store_best(keys, pages, ids_ptr, wanted, TILE: tl.constexpr):
     """The `wanted` best of some pages, which come in ascending order."""
-    key, above = _search(keys, ids_ptr, 0, 0, wanted, wanted, TILE, True, NT)
+    key, above = _search(keys, ids_ptr, 0, 0, wanted, wanted, TILE, True)
     take, pos, _, _ = _positions(keys, key, wanted - above, 0, 0)
     tl.store(ids_ptr + pos, pages, mask=take)
 
@@ -154,7 +179,7 @@ def store_forced(
 def select_row(
     scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr, NT: tl.constexpr,
+    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4 for a row of more than `K` pages: writes their ids.
 
@@ -168,14 +193,14 @@ def select_row(
     if GS == 1:
         pages = begin + tl.arange(0, TILE)
         keys = load_keys(scores_ptr, pages, pages < end)
-        store_best(keys, pages, ids_ptr + SINK, wanted, TILE, NT)
+        store_best(keys, pages, ids_ptr + SINK, wanted, TILE)
     else:
         # the groups that can hold a page to keep
         first_group = begin // GS
         last_group = tl.cdiv(end, GS)
         offs = tl.arange(0, TILE)
         peaks = load_keys(peaks_ptr, first_group + offs, first_group + offs < last_group)
-        key, above = _search(peaks, peaks_ptr, first_group, last_group, wanted, GROUPS, TILE, SINGLE, NT)
+        key, above = _search(peaks, peaks_ptr, first_group, last_group, wanted, GROUPS, TILE, SINGLE)
         num_above = 0
         num_tied = 0
         for tile in range(first_group, tl.minimum(last_group, first_group + TILE) if SINGLE else last_group, TILE):
@@ -190,7 +215,7 @@ def select_row(
         pages = group * GS + offs_c % GS
         inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
         keys = load_keys(scores_ptr, pages, inside)
-        store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS, NT)
+        store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS)
 
 
 @triton.jit
@@ -237,7 +262,7 @@ def _page_select_fwd_kernel(
     capacity, dense_pages, programs,
     P: tl.constexpr, RATIO: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    SINGLE: tl.constexpr, NT: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    SINGLE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     AWAIT: tl.constexpr, SIGNAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4. Program `(kv head, row)` writes its `K` page ids.
@@ -266,7 +291,7 @@ def _page_select_fwd_kernel(
         select_row(
             scores_ptr + pid_b * stride_sb + pid_h * stride_sh, peaks_ptr + pid_b * stride_pb + pid_h * stride_ph,
             row_ids, groups_ptr + row * GROUPS,
-            first_page, last_page, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE, NT,
+            first_page, last_page, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE,
         )  # fmt: skip
     if SIGNAL:
         signal_row(counter_ptr + row * COUNTERS + (LISTED if RATIO > 1 else CHOSEN))
@@ -338,15 +363,14 @@ def launch_select(
         GS=plan.group_size, GROUPS=plan.groups, TILE=plan.tile, SINGLE=plan.single,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
         AWAIT=programs is not None, SIGNAL=counters is not None, PDL=pdl,
-        **search_launch(batch * num_kv_heads, target_of(scores.device)),
+        num_warps=search_warps(batch * num_kv_heads, target_of(scores.device)),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
-def search_launch(rows: int, target) -> dict:
-    """Thresholds per pass of a search, and warps. A pass takes as long as a sum over all threads, few or many."""
-    # where multiprocessors are idle anyway; measured on an H200
-    return {"NT": 16, "num_warps": 8} if rows <= target.num_sms else {"NT": 4, "num_warps": 4}
+def search_warps(rows: int, target) -> int:
+    """Warps of a selection: more where multiprocessors are idle anyway. Measured on an H200."""
+    return 8 if rows <= target.num_sms else 4
 
 
 def padded(rows: tuple[int, int], columns: int, device) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ._common import (
 )
 from ._page_dot import prepare_group, score_pages
 from .page_score import Scoring, stats_arguments
-from .page_select import MAX_CANDIDATES, list_all, load_keys, search_launch, store_best, store_forced
+from .page_select import MAX_CANDIDATES, list_all, load_keys, search_warps, store_best, store_forced
 
 
 @triton.jit(do_not_specialize=["num_pages", "capacity", "dense_pages"])
@@ -83,7 +83,7 @@ def _listed_select_fwd_kernel(
     scores_ptr, supers_ptr, ids_ptr, counter_ptr, len_ptr, start_ptr, stride_len, stride_start,
     capacity, dense_pages, programs,
     P: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    KS: tl.constexpr, RATIO: tl.constexpr, TILE: tl.constexpr, NT: tl.constexpr,
+    KS: tl.constexpr, RATIO: tl.constexpr, TILE: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, CHAINED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4. Program `(kv head, row)` writes the ids of the `K` best pages of `KS` listed super-pages.
@@ -115,7 +115,7 @@ def _listed_select_fwd_kernel(
         pages = listed * RATIO + offs % RATIO
         inside = (listed >= 0) & (pages >= first_page + SINK) & (pages < last_page - RECENT)
         keys = load_keys(scores_ptr + row * (KS * RATIO), offs, inside)
-        store_best(keys, pages, row_ids + SINK, K - SINK - RECENT, TILE, NT)
+        store_best(keys, pages, row_ids + SINK, K - SINK - RECENT, TILE)
     if CHAINED:
         signal_row(row_counters + CHOSEN)
 
@@ -158,5 +158,5 @@ def choose_listed(
     _listed_select_fwd_kernel[(num_kv_heads, batch)](
         scores, supers, page_ids, counters, seq_lens, seq_starts, *row_strides, capacity, dense_pages, programs,
         K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), TILE=triton.next_power_of_2(num_supers) * ratio,
-        **search_launch(supers.shape[0], target_of(q.device)), **shared,
+        num_warps=search_warps(supers.shape[0], target_of(q.device)), **shared,
     )  # fmt: skip

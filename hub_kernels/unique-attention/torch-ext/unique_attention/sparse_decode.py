@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ._checks import ROW_COUNTERS
 from ._common import (
+    APPENDED,
     CHOSEN,
     COUNTERS,
     MERGED,
@@ -151,22 +152,24 @@ def finish_row(
             tl.store(row_counters + MERGED, 0)
             if AWAIT:
                 tl.store(row_counters + CHOSEN, 0)
-            # without the rows that pad a tile, and several parts at a time
-            AT_ONCE: tl.constexpr = 8 if SPLITS > 8 else SPLITS
+            # without the heads that pad a tile
             offs_m = tl.arange(0, GM)
+            mask_m = offs_m < G
             parts = (row * SPLITS + tl.arange(0, SPLITS)[:, None]) * GM + offs_m[None, :]
-            extent = tl.load(ml_ptr + parts * 2, mask=(offs_m < G)[None, :], other=float("-inf"))  # [SPLITS, GM]
+            extent = tl.load(ml_ptr + parts * 2, mask=mask_m[None, :], other=float("-inf"))  # [SPLITS, GM]
             m_all = tl.max(extent, axis=0)
             m_ref = tl.where(m_all == float("-inf"), 0.0, m_all)
-            l_parts = tl.load(ml_ptr + parts * 2 + 1, mask=(offs_m < G)[None, :], other=0.0)
+            l_parts = tl.load(ml_ptr + parts * 2 + 1, mask=mask_m[None, :], other=0.0)
             l_all = tl.sum(l_parts * tl.exp2(extent - m_ref[None, :]), axis=0)
             total = tl.zeros((GM, BDV), tl.float32)
-            inside = ((offs_m < G)[:, None] & (offs_v < DV)[None, :])[None, :, :]
-            for first in tl.static_range(0, SPLITS, AT_ONCE):
-                some = (row * SPLITS + first + tl.arange(0, AT_ONCE)[:, None]) * GM + offs_m[None, :]
-                m_some = tl.load(ml_ptr + some * 2, mask=(offs_m < G)[None, :], other=float("-inf"))
-                partial = tl.load(acc_ptr + some[:, :, None] * BDV + offs_v[None, None, :], mask=inside, other=0.0)
-                total += tl.sum(partial * tl.exp2(m_some - m_ref[None, :])[:, :, None], axis=0)
+            for other in tl.range(SPLITS, loop_unroll_factor=8):
+                found = (row * SPLITS + other) * GM + offs_m
+                decay = tl.exp2(tl.load(ml_ptr + found * 2, mask=mask_m, other=float("-inf")) - m_ref)
+                partial = tl.load(
+                    acc_ptr + found[:, None] * BDV + offs_v[None, :],
+                    mask=mask_m[:, None] & (offs_v < DV)[None, :], other=0.0,
+                )  # fmt: skip
+                total += partial * decay[:, None]
             _write_row(total, m_all, l_all, offs_m, out_ptr, stride_oh, sinks_ptr, first_head, DV, BDV, G, HAS_SINKS)
 
 
@@ -199,13 +202,14 @@ def _sparse_decode_fwd_kernel(
     C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, RATIO: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    DENSE: tl.constexpr, APPEND: tl.constexpr, AWAIT: tl.constexpr, PDL: tl.constexpr,
+    DENSE: tl.constexpr, APPEND: tl.constexpr, AWAIT: tl.constexpr, AWAIT_TOKEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5. Program `(split, kv head, row)` attends to its slice of the listed pages.
 
     A row of at most `dense_pages` pages attends to all of them: those listed, or (`DENSE`) whatever the list says. It
-    is written here if all rows are dense. `AWAIT`: the ids come from a launch that is still running. `APPEND`: one
-    more program per row writes the new token and its statistics.
+    is written here if all rows are dense. `AWAIT`: the ids come from a launch that is still running; `AWAIT_TOKEN`:
+    the new token too. `APPEND`: one more program per row writes the new token and its statistics.
     """
     if PDL:
         if not AWAIT:
@@ -258,6 +262,12 @@ def _sparse_decode_fwd_kernel(
                 P, D, DV, BD, BDV, HAS_TABLE,
             )  # fmt: skip
             tl.debug_barrier()
+    if AWAIT_TOKEN:
+        # one program per row, that which reads it
+        if (last_pos == listed) & ((first_pos < listed) | (split == 0)):
+            await_row(counter_ptr + row * COUNTERS + APPENDED, 1)
+            # ready for the next call
+            tl.store(counter_ptr + row * COUNTERS + APPENDED, 0)
     if AWAIT:
         await_row(counter_ptr + row * COUNTERS + CHOSEN, 1)
     acc, m_i, l_i = attend_pages(
@@ -281,26 +291,28 @@ class Launch(NamedTuple):
     splits: int
 
 
+# by the number of rows (and, for few, of tokens); splits are at most one per tile. Of the stages of the first one goes
+# to the page ids. Measured on an H200
+LAUNCH = {
+    "many": Launch(16, 7, 2, 1),
+    "some": Launch(64, 1, 4, 8),
+    "few": Launch(32, 1, 2, 32),
+    "long": Launch(64, 1, 4, 32),
+}
+
+
 def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launch:
     """Launch settings for `rows` rows of `tokens` tokens whose keys (or values) take `row_bytes` each.
 
-    Many rows fill the device alone; few are split until they do, at most once per tile. Measured on an H200.
+    Many rows fill the device alone, others are split until they do.
     """
-    if rows >= 2 * num_sms:
-        # of the stages one goes to the page ids
-        launch = Launch(32, 7, 4, 1)
-    elif 3 * rows >= num_sms:
-        launch = Launch(64, 1, 4, 8)
-    else:
-        launch = Launch(32, 1, 2, 1)
+    many = "many" if rows >= 2 * num_sms else "some" if 2 * rows > num_sms else "few" if tokens <= 512 else "long"
+    launch = LAUNCH[many]
     if row_bytes > 256:
         launch = launch._replace(block_t=max(16, launch.block_t * 256 // row_bytes))
     tiles = triton.cdiv(tokens, launch.block_t)
-    splits = launch.splits
-    if 3 * rows < num_sms:
-        while splits * 2 <= min(tiles, 32) and rows * splits * 2 <= 2 * num_sms:
-            splits *= 2
-    return launch._replace(splits=max(1, min(splits, tiles)))
+    # partial results are merged in tiles of a power of two
+    return launch._replace(splits=min(launch.splits, 1 << (tiles - 1).bit_length()))
 
 
 class Attending(NamedTuple):
@@ -367,12 +379,12 @@ NOTHING_CACHED = Cached((None,) * 8, (0,) * 26, {"C": 1, "BC": 1, "NG": 1, "RATI
 
 def launch_attend(
     call: Attending, page_ids, launch: Launch, *, capacity, softmax_scale, softcap, dense_pages=-1,
-    cached: Cached = NOTHING_CACHED, all_rows=False, waits=False, pdl=False,
+    cached: Cached = NOTHING_CACHED, all_rows=False, waits=False, appended=False, pdl=False,
 ):  # fmt: skip
     """One attention pass over listed pages, into the `out` of the call.
 
     Rows of at most `dense_pages` pages are dense. If that is `all_rows` the list is written here, and with `cached` a
-    new token too. With `waits` the page ids come row by row from the launch before.
+    new token too. With `waits` the page ids come row by row from the launch before, and with `appended` the token.
     """
     batch, num_kv_heads, num_kept = page_ids.shape
     append = cached is not NOTHING_CACHED
@@ -381,7 +393,8 @@ def launch_attend(
         capacity, dense_pages, softmax_scale, softcap or 0.0,
         K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), **call.constants, **cached.constants,
         DENSE=(ALL_ROWS if all_rows else SOME_ROWS if dense_pages > num_kept else NO_ROWS).value,
-        APPEND=append, AWAIT=waits, PDL=pdl, num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
+        APPEND=append, AWAIT=waits, AWAIT_TOKEN=waits and appended, PDL=pdl,
+        num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def _first_scores(step: Step, q, stats, scored, scores, peaks, scoring: Scoring,
 
 
 def _choose(step: Step, q, stats, super_stats, page_ids, appending):
-    """Fills `page_ids [B, HK, K]`: all launches before the attention."""
+    """Fills `page_ids [B, HK, K]`: all launches before the attention. Returns whether the first one is in step too."""
     config, device = step.config, q.device
     level, scored = (config, stats) if config.upper is None else (config.upper, super_stats)
     batch, num_kv_heads = page_ids.shape[:2]
@@ -97,6 +97,7 @@ def _choose(step: Step, q, stats, super_stats, page_ids, appending):
             dense_pages=step.dense_pages, forced=(config.sink_pages, config.recent_pages), counters=step.counters,
             pdl=step.pdl,
         )  # fmt: skip
+    return programs is not None
 
 
 def _cached(q, k, stats, super_stats, new, config, paged: bool) -> Cached:
@@ -148,8 +149,11 @@ def unique_decode(
         launch_attend(call, page_ids, launch, dense_pages=dense_pages, cached=cached, all_rows=True, **attending)
         return
     try:
-        _choose(step, q, stats, super_stats, page_ids, Appending(k, v, new, stats, token_mask))
-        launch_attend(call, page_ids, launch, dense_pages=dense_pages, waits=step.counters is not None, **attending)
+        in_step = _choose(step, q, stats, super_stats, page_ids, Appending(k, v, new, stats, token_mask))
+        launch_attend(
+            call, page_ids, launch, dense_pages=dense_pages, waits=step.counters is not None,
+            appended=in_step and new is not None, **attending,
+        )  # fmt: skip
     except BaseException:
         # rows would wait for ever for launches that were never made
         counters.zero_()
