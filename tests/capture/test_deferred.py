@@ -59,7 +59,7 @@ def in_torch(monkeypatch):
 
 
 def counts_of(model, inputs, expected):
-    mode = Deferred(ManyRows, poison=True)
+    mode = Deferred(ManyRows, trial=True)
     with torch.no_grad(), fused(model, mode), mode:
         found = model(**inputs).logits
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
@@ -93,7 +93,7 @@ def weights(*shape):
 def test_whatever_is_not_known_ends_waiting():
     x, w, u, ones = torch.randn(2, 1, 16), weights(24, 16), weights(24, 16), torch.nn.Parameter(torch.ones(8))
     a, b = F.linear(x, w), F.linear(x, u)
-    mode = Deferred(Kernel, poison=True)
+    mode = Deferred(Kernel, trial=True)
     with torch.no_grad(), mode:
         # read, changed in place, indexed, handed to a kernel by address, of another shape or type
         assert (F.linear(x, w).sum() - a.sum()).abs() < 1e-3
@@ -143,7 +143,7 @@ def test_only_parameters_are_weights_of_what_waits():
 
 
 def test_other_threads_do_not_touch_what_waits():
-    waiting, x, w = Deferred(Kernel, poison=True), torch.randn(2, 1, 16), weights(24, 16)
+    waiting, x, w = Deferred(Kernel, trial=True), torch.randn(2, 1, 16), weights(24, 16)
     q, k, turn = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 8)
     with torch.no_grad(), waiting:
         late = F.linear(x, w)

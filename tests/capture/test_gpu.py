@@ -238,7 +238,7 @@ def test_linear_layers_that_run_together_are_as_exact_as_torchs(architecture, ro
     ids = torch.randint(3, 90, (rows, 1), device="cuda")
     truth = make(architecture, "unique").to("cuda", torch.float64)
     truth.load_state_dict(model.state_dict())
-    mode = deferred.Deferred(deferred.kernel(), poison=True)
+    mode = deferred.Deferred(deferred.kernel(), trial=True)
     with torch.no_grad():
         exact, plain = truth(ids).logits, model(ids).logits
         with fused(model, mode), mode:
