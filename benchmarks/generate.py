@@ -10,9 +10,10 @@ included; `replay_ms` that of the graph alone; `dense_ms` that of the same model
 step captured on a cache of that length (graph alone), and with the same norms, rotations and linear layers fused as in
 the row (`dense_fused_launches`; where nothing was deferred in any row, `plain_because` says why, and norms and
 rotations alone are fused); `dense_plain_ms` that of the step as Transformers launches it. `x_dense_replay` compares
-graph with graph, `x_dense` the whole step of `generate` with the dense graph. Rows of "decode" start from a synthetic prefix, random keys and
-values, since a step takes as long whatever filled its cache; rows of "prompt" read a real prompt. vLLM figures are
-stored ones of the same kind of GPU, not of this run; needle accuracies are those of these settings in `quality.json`.
+graph with graph, `x_dense` the whole step of `generate` with the dense graph. Rows of "decode" start from a synthetic
+prefix, random keys and values, since a step takes as long whatever filled its cache; rows of "prompt" read a real
+prompt. vLLM figures are stored ones of the same kind of GPU, not of this run; needle accuracies are those of these
+settings in `quality.json`.
 """
 
 from __future__ import annotations

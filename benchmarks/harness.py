@@ -162,7 +162,7 @@ def replay_ms(model: Any, context: int) -> float | None:
 def dense_ms(
     model: Any, cache: DynamicCache, context: int, fuse: bool = False, defer: bool = False
 ) -> tuple[float, dict[str, int]]:
-    """One dense step of the same model on the first `context` slots of the same cache, and what its recording launches.
+    """One dense step of the same model on the first `context` slots of the same cache, and its launches that waited.
 
     `fuse` runs norms and rotations as the sparse step does, `defer`, where there is a GPU, linear layers too.
     """

@@ -57,8 +57,8 @@ class Arena:
         layers (`Sequence`): Layers that were read; their shapes and dtypes are taken.
         capacity (`int`): Slots to provide, whole pages.
         stream (`torch.cuda.Stream`, *optional*): The stream of the step.
-        like (`tuple`, *optional*): Keys and values of new tokens, whose shapes and dtypes are taken for all layers, none
-            of which was read.
+        like (`tuple`, *optional*): Keys and values of new tokens, whose shapes and dtypes are taken where no layer was
+            read.
     """
 
     def __init__(

@@ -221,7 +221,8 @@ class Call:
         for layer in layers:
             layer.provider = None
         capacity = self._wanted(length, slot_bytes([like] * len(layers)))
-        if keys.shape[0] != self.batch or keys.dtype not in DTYPES or any(layer.is_initialized for layer in layers[1:]):
+        suits = keys.shape[0] == self.batch and keys.dtype in DTYPES
+        if not suits or any(layer.is_initialized for layer in layers[1:]):
             return
         arena = Arena(layers, capacity, step.recorder.stream, like)
         if arena.bytes <= free_bytes(self.model.device):

@@ -37,6 +37,17 @@ def _place(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
+class _Progress:
+    """What layers in fixed mode know of the step: tokens in the cache, and whether the model's forward runs now."""
+
+    def __init__(self):
+        self.length, self.inside = 0, False
+
+    def __call__(self) -> int | None:
+        """The tokens where no forward runs; a forward asks the device."""
+        return None if self.inside else self.length
+
+
 class DecodeStep:
     """One decode step of a batch, recorded once and replayed, on the buffers of the cache that is bound to it.
 
@@ -72,8 +83,7 @@ class DecodeStep:
         self.guessable = False
         self.lookahead: Lookahead | None = None
         self._started: Started | None = None
-        # tokens in the cache, and whether the model's forward runs now
-        self.length, self._inside = 0, False
+        self.progress = _Progress()
         # why launches may not wait for what comes next (`None`: they may), found out at the first run; and what the
         # recording launches
         self.plain_because: str | None = "not tried yet"
@@ -101,10 +111,6 @@ class DecodeStep:
         with torch.inference_mode(False):
             return self.recorder.make(make)
 
-    def between(self) -> int | None:
-        """Tokens in the cache where no forward runs; a forward asks the device."""
-        return None if self._inside else self.length
-
     def bind(
         self, model: PreTrainedModel, cache: Any, length: int, capacity: int, starts: torch.Tensor | None, state: int
     ) -> int:
@@ -122,7 +128,7 @@ class DecodeStep:
         Raises:
             ValueError: A layer cannot be fixed.
         """
-        self._model, self._cache, self.length = model, cache, length
+        self._model, self._cache, self.progress.length = model, cache, length
         self._starts = [layer.index.seq_starts for layer in cache.layers]
         self.seq_lens.fill_(length)
         if starts is None:
@@ -130,7 +136,7 @@ class DecodeStep:
         else:
             self.seq_starts.copy_(starts)
         for layer in cache.layers:
-            layer.enter_fixed(self.seq_lens, capacity, self._scratch(layer), self.between)
+            layer.enter_fixed(self.seq_lens, capacity, self._scratch(layer), self.progress)
             layer.index.seq_starts = self.seq_starts
         self.state = state
         places = tuple(_place(tensor) for layer in cache.layers for tensor in _tensors(layer))
@@ -195,7 +201,7 @@ class DecodeStep:
             NotCapturable: The step cannot be replayed.
         """
         outputs = self._run(inputs, more)
-        self.length += 1
+        self.progress.length += 1
         return outputs
 
     def _run(self, inputs: dict[str, Any], more: bool) -> ModelOutput:
@@ -352,12 +358,12 @@ class DecodeStep:
 
     def _forward(self, mode: deferred.Deferred | None = None) -> tuple[type, dict[str, Any]]:
         self.seq_lens.add_(1)
-        self._inside = True
+        self.progress.inside = True
         try:
             with contextlib.nullcontext() if mode is None else mode:
                 outputs = self._model(**self.inputs, **self.constants, past_key_values=self._cache)
         finally:
-            self._inside = False
+            self.progress.inside = False
         if not isinstance(outputs, ModelOutput) or outputs.get("past_key_values") is not self._cache:
             raise NotCapturable("the model does not return the cache that it was given")
         # without the cache: a kept graph must not keep a cache alive

@@ -6,10 +6,10 @@ a gated pair runs with its activation and product, the last layer of a branch wi
 norms of heads with their rotation. It looks at torch functions, not at names of modules: whatever it does not know
 makes everything that waits run first, as it would have.
 
-What it cannot see is a foreign function that reads a tensor without asking torch. So a step is first run on trial: every
-launch is compared with torch's own functions on the same inputs, and results are nan until they are computed, which
-must leave no nan behind. Results of whole steps are not compared: where pages, or experts, are chosen by score, other
-rounding may choose others, and both steps are right.
+What it cannot see is a foreign function that reads a tensor without asking torch. So a step is first run on trial:
+every launch is compared with torch's own functions on the same inputs, and results are nan until they are computed,
+which must leave no nan behind. Results of whole steps are not compared: where pages, or experts, are chosen by score,
+other rounding may choose others, and both steps are right.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Deferred(TorchFunctionMode):
 
     Args:
         module (`ModuleType`): `skinny_linear` of the kernel package.
-        trial (`bool`, *optional*, defaults to `False`): Fill results with nan until they are computed, and compare each
-            launch with torch's functions.
+        trial (`bool`, *optional*, defaults to `False`): Fill results with nan until they are computed, and compare
+            each launch with torch's functions.
     """
 
     def __init__(self, module: Any, trial: bool = False):

@@ -36,8 +36,8 @@ def _own_stream(device: torch.device) -> Any:
                 owned.add(stream.cuda_stream)
                 return stream
     raise RuntimeError(
-        f"expected a stream of {device} that no other captured step uses, got {POOL} streams in use: free the steps of "
-        "models that do not generate now, `unique_hf.capture.release(model)`"
+        f"expected a stream of {device} that no other captured step uses, got {POOL} streams in use: free the steps "
+        "of models that do not generate now, `unique_hf.capture.release(model)`"
     )
 
 
