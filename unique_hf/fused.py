@@ -92,8 +92,8 @@ def _rotate(original: Any, fast: Any, deferred: Deferred | None, q: Any, k: Any,
     plain = not more and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3 and q.shape[-1] % 2 == 0
     same = len({(x.dtype, x.shape[-1]) for x in tensors}) == 1 and all(x.stride(-1) == 1 for x in tensors)
     if plain and same and cos.shape == sin.shape and cos.shape[1] == q.shape[2] == k.shape[2]:
-        here = deferred is not None and deferred.here()
-        return deferred.rotate(fast, original, *tensors) if here else fast(*tensors)
+        waiting = deferred if deferred is not None and deferred.here() else None
+        return fast(*tensors) if waiting is None else waiting.rotate(fast, original, *tensors)
     return original(*tensors, **more)
 
 

@@ -78,26 +78,19 @@ def test_two_threads_do_not_fuse_at_once():
 
 
 def test_fingerprints_are_taken_while_another_thread_fuses():
-    model, stop, errors = model_with("qwen3", layers=2), threading.Event(), []
-    expected = fingerprint(model)
+    model = model_with("qwen3")
+    norm = model.model.norm
 
-    def fuses():
-        while not stop.is_set():
-            with fused(model):
-                pass
+    class Fuses:
+        # read in the middle of the module's attributes
+        def __repr__(self):
+            norm.forward = parts.Patch(norm.forward, norm.forward)
+            return "settings"
 
-    thread = threading.Thread(target=fuses)
-    thread.start()
-    try:
-        for _ in range(200):
-            try:
-                assert fingerprint(model) == expected
-            except RuntimeError as error:
-                errors.append(error)
-    finally:
-        stop.set()
-        thread.join(60)
-    assert not errors, "a dictionary changed while it was read"
+    norm.settings = [Fuses()]
+    found = fingerprint(model)
+    assert isinstance(vars(norm).pop("forward"), parts.Patch)
+    assert fingerprint(model) == found
 
 
 def test_threads_that_record_one_model_get_the_eager_tokens():
