@@ -7,14 +7,19 @@ several devices can share the work (`--out`, then `--merge`); `--profile` prints
 
 Models have the shapes of Qwen3 and random weights. `ms` is the time of one step of `model.generate`, its Python loop
 included; `replay_ms` that of the graph alone; `dense_ms` that of the same model with attn_implementation="sdpa", its
-step captured on a cache of that length (graph alone). Rows of "decode" start from a synthetic prefix, random keys and
-values, since a step takes as long whatever filled its cache; rows of "prompt" read a real prompt. vLLM figures are
-stored ones of the same kind of GPU, not of this run; needle accuracies are those of these settings in `quality.json`.
+step captured on a cache of that length (graph alone), and with the same norms, rotations and linear layers fused as in
+the row (`dense_fused_launches`; where nothing was deferred in any row, `plain_because` says why, and norms and
+rotations alone are fused); `dense_plain_ms` that of the step as Transformers launches it. `x_dense_replay` compares
+graph with graph, `x_dense` the whole step of `generate` with the dense graph. Rows of "decode" start from a synthetic
+prefix, random keys and values, since a step takes as long whatever filled its cache; rows of "prompt" read a real
+prompt. vLLM figures are stored ones of the same kind of GPU, not of this run; needle accuracies are those of these
+settings in `quality.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import functools
 import json
@@ -86,6 +91,7 @@ def decode_row(name: str, model: Any, cache: DynamicCache, context: int, setting
         # before the call, after the prompt, the eager step, the recording, and in all
         "peaks_over_weights_and_kv_mib": over if peak() else None,
         "fused_launches": dict(step.launches) if step is not None else None,
+        "plain_because": None if step is None else step.plain_because,
         "captured_steps": tally.steps, "begun_ahead": tally.early, "in_vain": tally.vain,
         "eager_because": dict(tally.eager),
     }  # fmt: skip
@@ -98,12 +104,16 @@ def decode_rows(name: str, model: Any, batch: int, context: int, names: list[str
         cache = prefix(model, batch, context, set_up(model, setting), cache)
         rows.append(decode_row(name, model, cache, context, setting))
         capture.release(model)
-    try:
-        dense: Any = dense_ms(model, cache, context)
-    except torch.OutOfMemoryError:
-        dense = None
+    dense: Any = None
+    plain: Any = None
+    launches: dict[str, int] = {}
+    with contextlib.suppress(torch.OutOfMemoryError):
+        plain, _ = dense_ms(model, cache, context)
+        # a dense baseline without what speeds up the sparse step would flatter it
+        dense, launches = dense_ms(model, cache, context, fuse=True, defer=any(row["fused_launches"] for row in rows))
     for row in rows:
-        row["dense_ms"] = dense and round(dense, 3)
+        row["dense_ms"], row["dense_plain_ms"] = dense and round(dense, 3), plain and round(plain, 3)
+        row["dense_fused_launches"] = launches
         for ratio, ms in (("x_dense", row["ms"]), ("x_dense_replay", row["replay_ms"])):
             row[ratio] = dense and ms and round(dense / ms, 2)
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -13,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from unique_attention import ops
-from unique_hf import UniqueConfig, capture, graphs
+from unique_hf import UniqueConfig, capture, deferred, graphs
+from unique_hf.fused import fused
 
 # hidden, intermediate, layers, heads, kv heads, head dim, vocabulary
 MODELS = {
@@ -157,8 +159,13 @@ def replay_ms(model: Any, context: int) -> float | None:
 
 
 @torch.no_grad()
-def dense_ms(model: Any, cache: DynamicCache, context: int) -> float:
-    """One dense step of the same model on the first `context` slots of the same cache."""
+def dense_ms(
+    model: Any, cache: DynamicCache, context: int, fuse: bool = False, defer: bool = False
+) -> tuple[float, dict[str, int]]:
+    """One dense step of the same model on the first `context` slots of the same cache, and its launches that waited.
+
+    `fuse` runs norms and rotations as the sparse step does, `defer`, where there is a GPU, linear layers too.
+    """
     model.set_attn_implementation("sdpa")
     pinned = DynamicCache()
     pinned.layers = [Pinned(*(b[:, :, :context] for b in layer.buffers())) for layer in cache.layers]
@@ -166,17 +173,24 @@ def dense_ms(model: Any, cache: DynamicCache, context: int) -> float:
     ids = torch.ones(batch, 1, dtype=torch.long, device=device)
     position_ids = torch.full((batch, 1), context - 1, device=device)
 
+    mode = deferred.Deferred(deferred.kernel()) if defer and device.type == "cuda" else None
+
     def step():
         # without a mask, sdpa reads grouped heads as they are instead of repeating them
         mask = {"full_attention": None}
         inputs = {"attention_mask": mask, "position_ids": position_ids, "past_key_values": pinned}
-        return model(ids, **inputs, logits_to_keep=1).logits
+        with contextlib.nullcontext() if mode is None else mode:
+            return model(ids, **inputs, logits_to_keep=1).logits
 
     try:
-        if device.type != "cuda":
-            return replays(step, 3)
-        recorder = graphs.CudaGraph(device)
-        recorder.warm(step)
-        return replays(recorder.capture(step))
+        with fused(model, mode) if fuse else contextlib.nullcontext():
+            if device.type != "cuda":
+                return replays(step, 3), {}
+            recorder = graphs.CudaGraph(device)
+            recorder.warm(step)
+            if mode is not None:
+                mode.counts.clear()
+            replay = recorder.capture(step)
+        return replays(replay), {} if mode is None else dict(mode.counts)
     finally:
         model.set_attn_implementation("unique")

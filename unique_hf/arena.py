@@ -9,7 +9,7 @@ stream of the step: torch keeps what was freed apart by stream, and the prompt w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,14 +57,20 @@ class Arena:
         layers (`Sequence`): Layers that were read; their shapes and dtypes are taken.
         capacity (`int`): Slots to provide, whole pages.
         stream (`torch.cuda.Stream`, *optional*): The stream of the step.
+        like (`tuple`, *optional*): Keys and values of new tokens, whose shapes and dtypes are taken where no layer was
+            read.
     """
 
-    def __init__(self, layers: Sequence[Any], capacity: int, stream: Any = None):
+    def __init__(
+        self, layers: Sequence[Any], capacity: int, stream: Any = None,
+        like: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):  # fmt: skip
         self.capacity, self.stream = capacity, stream
-        self.device = layers[0].keys.device
+        pairs = [like or (layer.keys, layer.values) for layer in layers]
+        self.device = pairs[0][0].device
         self.settings = layers[0].index.settings
-        self.slot_bytes = slot_bytes(layers)
-        self._layers = [_specs(layer, capacity) for layer in layers]
+        self.slot_bytes = slot_bytes(pairs)
+        self._layers = [_specs(layer, *pair, capacity) for layer, pair in zip(layers, pairs)]
         self._sizes: list[int] = []
         # block and offset of each layer
         self._places: list[tuple[int, int]] = []
@@ -139,9 +145,9 @@ class Arena:
             layer.move_to(*tensors, settings=self.settings)
 
 
-def slot_bytes(layers: Sequence[Any]) -> int:
-    """Bytes of keys and values of one slot, all rows and layers together."""
-    cached = (tensor[:, :, :1] for layer in layers for tensor in (layer.keys, layer.values))
+def slot_bytes(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    """Bytes of one slot, all rows and layers together, from the keys and values of each layer."""
+    cached = (tensor[:, :, :1] for pair in pairs for tensor in pair)
     return sum(tensor.numel() * tensor.element_size() for tensor in cached)
 
 
@@ -151,13 +157,13 @@ def in_blocks(layers: Sequence[Any]) -> bool:
     return all(p is not None and p[0].untyped_storage()._cdata == p[1].untyped_storage()._cdata for p in pairs)
 
 
-def _specs(layer: Any, capacity: int) -> list[Spec | None]:
+def _specs(layer: Any, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> list[Spec | None]:
     found: list[Spec | None] = [
-        Spec((*tensor.shape[:2], capacity, tensor.shape[3]), tensor.dtype) for tensor in (layer.keys, layer.values)
+        Spec((*tensor.shape[:2], capacity, tensor.shape[3]), tensor.dtype) for tensor in (keys, values)
     ]
     for level in layer.index.levels:
         pages = level.room(capacity)
-        for tensor in level.stats:
+        for tensor in level.stats or level.blank(keys):
             if tensor is None:
                 found.append(None)
             else:

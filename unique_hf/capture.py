@@ -14,6 +14,7 @@ belong to the cache. May import torch, Transformers and the kernel's adapter.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
@@ -40,6 +41,8 @@ AHEAD = 1024
 ALIGN_PAGES = 16
 # steps kept per model for its next calls: one for each of as many concurrent ones
 KEPT = 2
+# of keys for which page statistics have storage of a known form before they are read
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 # what a forward that does not suit a captured step raises; anything else is a bug and shows
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
@@ -65,6 +68,7 @@ def _take(model: PreTrainedModel, batch: int) -> DecodeStep:
         for step in kept:
             if step.batch == batch and step.seq_lens.device == model.device:
                 kept.remove(step)
+                step.recorder.take_over()
                 return step
     return DecodeStep(model.device, batch)
 
@@ -88,8 +92,8 @@ def choose_capacity(length: int, limit: int, slot_bytes: int, weights: int, page
     """Slots for a captured step.
 
     Equation: `min(limit, length + max(1024, room))` with `room = (weights + length * slot_bytes) / 32 / slot_bytes`,
-    3 % of the memory in use anyway; rounded up to a multiple of the power of two below `max(room, 256)`, so that calls
-    of like lengths get the same.
+    3 % of the memory in use anyway; rounded up to a multiple of the power of two below `max(room / 2, 256)`, so that
+    calls of like lengths get the same.
 
     Args:
         length (`int`): Tokens in the cache, the coming one included.
@@ -101,7 +105,7 @@ def choose_capacity(length: int, limit: int, slot_bytes: int, weights: int, page
         `int`: At least `length`.
     """
     room = (weights + length * slot_bytes) // SPARE // max(slot_bytes, 1)
-    step = max(1 << (max(room, MIN_SPARE).bit_length() - 1), ALIGN_PAGES * page_size)
+    step = max(1 << (max(room // 2, MIN_SPARE).bit_length() - 1), ALIGN_PAGES * page_size)
     wanted = max(length, min(limit, length + max(AHEAD, room)))
     return -(-wanted // step) * step
 
@@ -141,10 +145,12 @@ class Call:
             try:
                 return self._captured(inputs)
             except FAILURES as error:
-                self._give_up(error)
+                self.give_up(error)
         return self.model(**inputs)
 
     def _captured(self, inputs: dict[str, Any]) -> Any:
+        if inputs.get("past_key_values") is not self.cache:
+            raise NotCapturable("the model starts another cache while it decodes")
         if not self._running:
             self._begin(inputs)
             self._running = True
@@ -164,7 +170,7 @@ class Call:
         ids = inputs.get("input_ids")
         if ids is None or ids.shape != (self.batch, 1):
             raise NotCapturable("the model does not take one token id per row and step")
-        asleep = sum(layer.index.stats is None for layer in self.cache.layers)
+        asleep = sum(layer.index.stats is None or not layer.index.covered for layer in self.cache.layers)
         if asleep:
             raise NotCapturable(f"{asleep} cache layers hold keys that unique attention did not read")
         self.length = self.cache.get_seq_length()
@@ -186,20 +192,44 @@ class Call:
         return starts
 
     def prepare(self, length: int) -> None:
-        """Before the prompt: give an empty cache the buffers of an earlier call, so that its graph can be used again.
+        """Before the prompt: see that an empty cache gets buffers that last for the call.
+
+        Those of an earlier call, so that its graph can be used again; otherwise new ones as soon as the first layer
+        shows what its keys look like. A cache that grows would be copied again and again, and once more for the step.
 
         Args:
             length (`int`): Tokens of the prompt.
+        Raises:
+            RuntimeError: There is no stream for another captured step.
         """
-        step = _take(self.model, self.batch)
-        arena, self._step = step.arena, step
-        if arena is None or any(layer.is_initialized for layer in self.cache.layers):
+        step = self._step = _take(self.model, self.batch)
+        layers, arena = self.cache.layers, step.arena
+        if any(layer.is_initialized for layer in layers):
             return
-        if arena.settings is self.settings and arena.capacity == self._wanted(length, arena.slot_bytes):
-            try:
-                arena.provide(self.cache.layers)
-            except torch.OutOfMemoryError:
-                step.arena = None
+        if arena is not None and arena.settings is self.settings:
+            if arena.capacity == self._wanted(length, arena.slot_bytes):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    return arena.provide(layers)
+        step.arena = None
+        for layer in layers:
+            layer.index.wake(self.settings)
+            layer.provider = functools.partial(self._make_room, length)
+
+    def _make_room(self, length: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Give empty layers room for the whole call, if all of them look like the first one and there is memory."""
+        layers, step, like = self.cache.layers, self._step, (keys, values)
+        for layer in layers:
+            layer.provider = None
+        capacity = self._wanted(length, slot_bytes([like] * len(layers)))
+        suits = keys.shape[0] == self.batch and keys.dtype in DTYPES
+        if not suits or any(layer.is_initialized for layer in layers[1:]):
+            return
+        arena = Arena(layers, capacity, step.recorder.stream, like)
+        if arena.bytes <= free_bytes(self.model.device):
+            # otherwise the cache grows, and moves where there is room for that
+            with contextlib.suppress(torch.OutOfMemoryError):
+                arena.provide(layers)
+                step.arena = arena
 
     def _wanted(self, length: int, slot: int) -> int:
         sizes = {"slot_bytes": slot, "weights": weight_bytes(self.model), "page_size": self.settings.page_size}
@@ -210,7 +240,8 @@ class Call:
         capacity = min(0 if pair is None else pair[0].shape[2] for pair in (layer.buffers() for layer in layers))
         enough = capacity >= self.length + min(self.new_tokens, MIN_SPARE) + 1
         if not enough or not in_blocks(layers):
-            arena = Arena(layers, self._wanted(self.length, slot_bytes(layers)), step.recorder.stream)
+            slot = slot_bytes((layer.keys, layer.values) for layer in layers)
+            arena = Arena(layers, self._wanted(self.length, slot), step.recorder.stream)
             fits = arena.bytes <= free_bytes(self.model.device) // FREE_SHARE
             if fits:
                 arena.move(layers)
@@ -219,7 +250,12 @@ class Call:
                 capacity = arena.capacity
         self.capacity = step.bind(self.model, self.cache, self.length, capacity, self._starts, state)
 
-    def _give_up(self, error: Exception) -> None:
+    def give_up(self, error: Exception) -> None:
+        """Decode eagerly from here on.
+
+        Args:
+            error (`Exception`): Why.
+        """
         reason = str(error) if isinstance(error, NotCapturable) else f"{type(error).__name__}: {str(error)[:200]}"
         self.failed = True
         if self._step is not None:
@@ -234,6 +270,8 @@ class Call:
         step, self._step = self._step, None
         if step is None:
             return
+        for layer in self.cache.layers:
+            layer.provider = None
         step.release(self.length)
         tally = tally_of(self.model)
         if self._counts is not None and self._counts.steps:
@@ -313,8 +351,12 @@ def _begin(model: PreTrainedModel, input_ids: torch.Tensor, kwargs: dict[str, An
         greedy = not kwargs["generation_config"].do_sample
         call = Call(model, settings, kwargs["past_key_values"], rows, new_tokens, greedy)
         embeds = kwargs.get("inputs_embeds")
-        call.prepare(tokens if embeds is None else embeds.shape[1])
-        return call
+        try:
+            call.prepare(tokens if embeds is None else embeds.shape[1])
+            return call
+        except RuntimeError as error:
+            call.give_up(error)
+            return None
     tally_of(model).eager[reason] += 1
     if worth_a_line:
         _log_once(type(model).__name__, reason)

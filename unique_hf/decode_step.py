@@ -37,6 +37,17 @@ def _place(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
+class _Progress:
+    """What layers in fixed mode know of the step: tokens in the cache, and whether the model's forward runs now."""
+
+    def __init__(self):
+        self.length, self.inside = 0, False
+
+    def __call__(self) -> int | None:
+        """The tokens where no forward runs; a forward asks the device."""
+        return None if self.inside else self.length
+
+
 class DecodeStep:
     """One decode step of a batch, recorded once and replayed, on the buffers of the cache that is bound to it.
 
@@ -49,11 +60,10 @@ class DecodeStep:
 
     def __init__(self, device: torch.device, batch: int):
         self.recorder = RECORDERS[device.type](device)
-        # plain tensors can be written in inference mode and outside, tensors born inside only there
-        with torch.inference_mode(False):
-            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-            self.seq_starts = torch.zeros(batch, dtype=torch.int32, device=device)
-            self.counters = torch.zeros(0, dtype=torch.int32, device=device)
+        # calls on other streams come and go, so all memory belongs to the recorder's
+        self.seq_lens, self.seq_starts, self.counters = self._own(
+            lambda: [torch.zeros(rows, dtype=torch.int32, device=device) for rows in (batch, batch, 0)]
+        )
         self.inputs: dict[str, torch.Tensor] = {}
         self.constants: dict[str, Any] = {}
         self.layout: tuple[Any, ...] | None = None
@@ -73,8 +83,10 @@ class DecodeStep:
         self.guessable = False
         self.lookahead: Lookahead | None = None
         self._started: Started | None = None
-        # whether launches may wait for what comes next, found out at the first run; and what the recording launches
-        self.defers = False
+        self.progress = _Progress()
+        # why launches may not wait for what comes next (`None`: they may), found out at the first run; and what the
+        # recording launches
+        self.plain_because: str | None = "not tried yet"
         self.launches: Counter[str] = Counter()
         self._model: Any = None
         self._cache: Any = None
@@ -88,6 +100,16 @@ class DecodeStep:
     def batch(self) -> int:
         """Rows."""
         return self.seq_lens.shape[0]
+
+    @property
+    def defers(self) -> bool:
+        """Whether launches wait for what comes next."""
+        return self.plain_because is None
+
+    def _own(self, make: Callable[[], Any]) -> Any:
+        # plain tensors can be written in inference mode and outside, tensors born inside only there
+        with torch.inference_mode(False):
+            return self.recorder.make(make)
 
     def bind(
         self, model: PreTrainedModel, cache: Any, length: int, capacity: int, starts: torch.Tensor | None, state: int
@@ -106,7 +128,7 @@ class DecodeStep:
         Raises:
             ValueError: A layer cannot be fixed.
         """
-        self._model, self._cache = model, cache
+        self._model, self._cache, self.progress.length = model, cache, length
         self._starts = [layer.index.seq_starts for layer in cache.layers]
         self.seq_lens.fill_(length)
         if starts is None:
@@ -114,7 +136,7 @@ class DecodeStep:
         else:
             self.seq_starts.copy_(starts)
         for layer in cache.layers:
-            layer.enter_fixed(self.seq_lens, capacity, self._scratch(layer))
+            layer.enter_fixed(self.seq_lens, capacity, self._scratch(layer), self.progress)
             layer.index.seq_starts = self.seq_starts
         self.state = state
         places = tuple(_place(tensor) for layer in cache.layers for tensor in _tensors(layer))
@@ -127,8 +149,7 @@ class DecodeStep:
     def _scratch(self, layer: Any) -> torch.Tensor:
         if self.counters.numel() < layer.num_counters:
             self.drop_graph()
-            with torch.inference_mode(False):
-                self.counters = self.seq_lens.new_zeros(layer.num_counters)
+            self.counters = self._own(lambda: self.seq_lens.new_zeros(layer.num_counters))
         return self.counters
 
     def release(self, length: int) -> None:
@@ -150,6 +171,7 @@ class DecodeStep:
                     level.covered -= length % level.settings.page_size
         self._model = self._cache = self.bound = None
         self._outputs, self._starts = {}, []
+        self.recorder.hand_over()
 
     def _undo(self) -> None:
         """Take back the step under way, if there is one."""
@@ -178,6 +200,11 @@ class DecodeStep:
         Raises:
             NotCapturable: The step cannot be replayed.
         """
+        outputs = self._run(inputs, more)
+        self.progress.length += 1
+        return outputs
+
+    def _run(self, inputs: dict[str, Any], more: bool) -> ModelOutput:
         started = self._asked_for(inputs)
         if started is None:
             self._load(inputs)
@@ -215,7 +242,7 @@ class DecodeStep:
         with adapter().activity.probing() as log, self._fused():
             outputs = self.recorder.warm(self._forward)
         self._check(log)
-        self.defers = self.recorder.fuses and self._may_defer(outputs)
+        self.plain_because = self._why_plain(outputs)
         self.guessable = Lookahead.suits(self.inputs, outputs[1])
         self.warmed_for, self._kind = kind, outputs[0]
         return outputs
@@ -250,25 +277,33 @@ class DecodeStep:
     def _fused(self, mode: deferred.Deferred | None = None) -> contextlib.AbstractContextManager[Any]:
         return fused(self._model, mode) if self.recorder.fuses else contextlib.nullcontext()
 
-    def _mode(self, poison: bool = False) -> deferred.Deferred:
-        return deferred.Deferred(deferred.kernel(), poison)
+    def _mode(self, trial: bool = False) -> deferred.Deferred:
+        return deferred.Deferred(deferred.kernel(), trial)
 
-    def _may_defer(self, outputs: tuple[type, dict[str, Any]]) -> bool:
-        """Run the step once more, its launches waiting: whether it gives the same results."""
+    def _why_plain(self, outputs: tuple[type, dict[str, Any]]) -> str | None:
+        """Run the step once more on trial, its launches waiting: what speaks against recording it so."""
         module = deferred.kernel()
-        if module is None or self.batch > module.MAX_ROWS:
-            return False
-        mode, same = self._mode(poison=True), False
+        if not self.recorder.fuses:
+            return f"{type(self.recorder).__name__} records launch by launch"
+        if module is None:
+            return "no kernel for linear layers of few rows (no Triton, or a kernel from the Hub without it)"
+        if self.batch > module.MAX_ROWS:
+            return f"{self.batch} rows, the kernel takes at most {module.MAX_ROWS}"
+        mode = self._mode(trial=True)
         try:
-            same = deferred.same_outputs(outputs[1], self._again(mode)[1])
+            found = self._again(mode)[1]
+            reason = mode.complaint() or deferred.nan_where_none_was(outputs[1], found)
         except module.FAILURES as error:
-            logging.get_logger("transformers.unique_attention").warning(
-                f"unique attention: {type(self._model).__name__} is recorded launch by launch: {error}"
-            )
-        if not same:
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
             # what was poisoned went into the cache too
             self._again()
-        return same and any("linear" in kind for kind in mode.counts)
+            logging.get_logger("transformers.unique_attention").warning(
+                f"unique attention: {type(self._model).__name__} is recorded launch by launch: {reason}"
+            )
+        elif not any("linear" in kind for kind in mode.counts):
+            reason = "no linear layer that could wait (contiguous parameters in 16 bits)"
+        return reason
 
     def _again(self, mode: deferred.Deferred | None = None) -> tuple[type, dict[str, Any]]:
         """Repeat the last step: its token is written to the same slot."""
@@ -317,15 +352,18 @@ class DecodeStep:
         plain = (bool, int, float, str, type(None))
         layout += tuple((name, x if isinstance(x, plain) else id(x)) for name, x in sorted(constants.items()))
         if layout != self.layout:
-            with torch.inference_mode(False):
-                self.inputs = {name: torch.empty_like(value) for name, value in tensors.items()}
+            self.inputs = self._own(lambda: {name: torch.empty_like(value) for name, value in tensors.items()})
             self.constants, self.layout = constants, layout
             self.drop_graph()
 
     def _forward(self, mode: deferred.Deferred | None = None) -> tuple[type, dict[str, Any]]:
         self.seq_lens.add_(1)
-        with contextlib.nullcontext() if mode is None else mode:
-            outputs = self._model(**self.inputs, **self.constants, past_key_values=self._cache)
+        self.progress.inside = True
+        try:
+            with contextlib.nullcontext() if mode is None else mode:
+                outputs = self._model(**self.inputs, **self.constants, past_key_values=self._cache)
+        finally:
+            self.progress.inside = False
         if not isinstance(outputs, ModelOutput) or outputs.get("past_key_values") is not self._cache:
             raise NotCapturable("the model does not return the cache that it was given")
         # without the cache: a kept graph must not keep a cache alive

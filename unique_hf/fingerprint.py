@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .fused import Patch
+
 _PLAIN = {bool, int, float, str, type(None)}
 # what every module has: hooks, and weights and modules, which are looked at by themselves
 _BASE = set(vars(torch.nn.Module())) - {"training"}
@@ -26,10 +28,11 @@ def fingerprint(model: torch.nn.Module) -> int:
     """
     parts: list[Any] = [torch.get_float32_matmul_precision()]
     for name, module in model.named_modules():
-        own = vars(module)
+        # another thread may be fusing this model: a copy, and without what it sets for a while
+        own = vars(module).copy()
         parts += [name, id(module), id(type(module).forward)]
         for key, value in own.items():
-            if key in _BASE:
+            if key in _BASE or isinstance(value, Patch):
                 continue
             if type(value) in _PLAIN:
                 # -1 and -2 have the same hash

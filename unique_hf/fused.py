@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,24 @@ from .deferred import Deferred
 ROTARY = "apply_rotary_pos_emb"
 # largest difference to the module itself that rounding explains, relative to the largest result
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# modules are shared by threads: one at a time sets and takes away. It may then record, never the other way round
+_FUSING = threading.RLock()
+
+
+class Patch:
+    """A module's forward while it is fused: for the thread that fused it; all others get the module's own.
+
+    Args:
+        own (`Callable`): The module's own forward.
+        fast (`Callable`): What runs in its place.
+    """
+
+    def __init__(self, own: Callable[..., Any], fast: Callable[..., Any]):
+        self.own, self.fast, self.thread = own, fast, threading.get_ident()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the forward of the module."""
+        return (self.fast if self.thread == threading.get_ident() else self.own)(*args, **kwargs)
 
 
 def _parts(module: torch.nn.Module) -> tuple[torch.Tensor, float] | None:
@@ -73,7 +92,8 @@ def _rotate(original: Any, fast: Any, deferred: Deferred | None, q: Any, k: Any,
     plain = not more and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3 and q.shape[-1] % 2 == 0
     same = len({(x.dtype, x.shape[-1]) for x in tensors}) == 1 and all(x.stride(-1) == 1 for x in tensors)
     if plain and same and cos.shape == sin.shape and cos.shape[1] == q.shape[2] == k.shape[2]:
-        return deferred.rotate(fast, *tensors) if deferred is not None and deferred.here() else fast(*tensors)
+        waiting = deferred if deferred is not None and deferred.here() else None
+        return fast(*tensors) if waiting is None else waiting.rotate(fast, original, *tensors)
     return original(*tensors, **more)
 
 
@@ -119,9 +139,16 @@ def fused(model: torch.nn.Module, deferred: Deferred | None = None) -> Iterator[
     Yields:
         `tuple`: How many norms and how many rotations do. Waits for the device once per kind of each.
 
+    Waits for other threads that do the same, and lasts for the calling thread alone.
+
     Numerics: norms in fp32 as in the modules, rounded once, or before and after the weight while linear layers wait;
     rotations round as the original does.
     """
+    with _FUSING:
+        yield from _fused(model, deferred)
+
+
+def _fused(model: torch.nn.Module, deferred: Deferred | None) -> Iterator[tuple[int, int]]:
     kinds: dict[Any, bool] = {}
     norms, rotations = [], []
     fast = _rotary()
@@ -135,17 +162,17 @@ def fused(model: torch.nn.Module, deferred: Deferred | None = None) -> Iterator[
                         kinds[kind] = _same(module, parts[0])
                     if kinds[kind]:
                         original = functools.partial(type(module).forward, module)
-                        module.forward = functools.partial(_run, module, original)
+                        module.forward = Patch(original, functools.partial(_run, module, original))
                         norms.append(module)
                 elif rotation is not None and fast is not None:
                     kind = (type(module), rotation)
                     if kind not in kinds:
                         kinds[kind] = _same_rotation(module, rotation, fast)
                     if kinds[kind]:
-                        module.forward = _with_rotation(module, rotation, fast, deferred)
+                        original = functools.partial(type(module).forward, module)
+                        module.forward = Patch(original, _with_rotation(module, rotation, fast, deferred))
                         rotations.append(module)
         yield len(norms), len(rotations)
     finally:
         for module in norms + rotations:
-            # another thread that records the same model may have been here first
             vars(module).pop("forward", None)

@@ -44,11 +44,11 @@ class Lookahead:
         self.recorder, self.inputs = recorder, inputs
         self._names = [IDS, *(name for name in inputs if name != IDS)]
         ids = inputs[IDS]
+        numbers = sum(tensor.numel() for tensor in inputs.values())
         with torch.inference_mode(False):
             # what a row is given whatever its logits say (padding, once it has ended), or -1
-            self.held = torch.full((ids.shape[0],), -1, dtype=ids.dtype, device=ids.device)
-            numbers = sum(tensor.numel() for tensor in inputs.values())
-            self._guesses = [torch.zeros(numbers, dtype=ids.dtype, device=ids.device) for _ in range(2)]
+            self.held = recorder.make(lambda: torch.full_like(ids[:, 0], -1))
+            self._guesses = recorder.make(lambda: [ids.new_zeros(numbers) for _ in range(2)])
         self._results: list[dict[str, Any]] = []
         self._last = 0
         self.credit = 0.0

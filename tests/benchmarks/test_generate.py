@@ -60,7 +60,8 @@ def test_every_setting_of_the_smoke_plan_runs_on_the_cache_of_the_one_before(mon
     assert [row["settings"] for row in rows] == list(generate.SETTINGS)
     for row in rows:
         assert row["captured_steps"] == 11 and row["begun_ahead"] == 9 and not row["eager_because"]
-        assert row["ms"] > 0 and row["dense_ms"] > 0
+        assert row["ms"] > 0 and row["dense_ms"] > 0 and row["dense_plain_ms"] > 0
+        assert row["plain_because"] == "Replayed records launch by launch" and not row["fused_launches"]
 
 
 def test_a_prefix_used_again_under_other_settings_is_as_good_as_a_prompt():

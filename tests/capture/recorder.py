@@ -61,6 +61,15 @@ class Replayed:
     def __init__(self, device):
         self.device = device
 
+    def take_over(self):
+        self.log.append("take over")
+
+    def hand_over(self):
+        self.log.append("hand over")
+
+    def make(self, work):
+        return work()
+
     def warm(self, step):
         self.log.append("warm")
         return step()

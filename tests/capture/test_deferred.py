@@ -59,7 +59,7 @@ def in_torch(monkeypatch):
 
 
 def counts_of(model, inputs, expected):
-    mode = Deferred(ManyRows, poison=True)
+    mode = Deferred(ManyRows, trial=True)
     with torch.no_grad(), fused(model, mode), mode:
         found = model(**inputs).logits
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
@@ -93,7 +93,7 @@ def weights(*shape):
 def test_whatever_is_not_known_ends_waiting():
     x, w, u, ones = torch.randn(2, 1, 16), weights(24, 16), weights(24, 16), torch.nn.Parameter(torch.ones(8))
     a, b = F.linear(x, w), F.linear(x, u)
-    mode = Deferred(Kernel, poison=True)
+    mode = Deferred(Kernel, trial=True)
     with torch.no_grad(), mode:
         # read, changed in place, indexed, handed to a kernel by address, of another shape or type
         assert (F.linear(x, w).sum() - a.sum()).abs() < 1e-3
@@ -143,15 +143,15 @@ def test_only_parameters_are_weights_of_what_waits():
 
 
 def test_other_threads_do_not_touch_what_waits():
-    waiting, x, w = Deferred(Kernel, poison=True), torch.randn(2, 1, 16), weights(24, 16)
+    waiting, x, w = Deferred(Kernel, trial=True), torch.randn(2, 1, 16), weights(24, 16)
     q, k, turn = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 8)
     with torch.no_grad(), waiting:
         late = F.linear(x, w)
-        thread = threading.Thread(target=parts._rotate, args=(None, rotary, waiting, q, k, turn, turn))
+        thread = threading.Thread(target=parts._rotate, args=(rotary, rotary, waiting, q, k, turn, turn))
         thread.start()
         thread.join()
         assert not waiting.counts
-        parts._rotate(None, rotary, waiting, q, k, turn, turn)
+        parts._rotate(rotary, rotary, waiting, q, k, turn, turn)
         assert waiting.counts["1 linear"] == 1
     torch.testing.assert_close(late, F.linear(x, w))
 
@@ -173,6 +173,104 @@ def test_a_captured_call_defers_and_gives_the_same_tokens():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def off(kind, share):
+    """The kernel, with one kind of launch wrong by a share of its numbers in the last row."""
+
+    def scaled(out):
+        out.view(-1, out.shape[-1])[-1] *= 1 + share
+
+    class Off(Kernel):
+        @staticmethod
+        def skinny_linear(x, weights, biases, outs, residual=None, gated=False):
+            linear(x, weights, biases, outs, residual, gated)
+            if kind == ("gated" if gated else "residual" if residual is not None else len(weights)):
+                scaled(outs[-1])
+
+        @staticmethod
+        def rms_norm(x, weight, eps, out):
+            Kernel.rms_norm(x, weight, eps, out)
+            if kind == "norm":
+                scaled(out)
+
+    def rotate(*args, **kwargs):
+        q, k = rotary(*args, **kwargs)
+        return (q, k * (1 + share)) if kind == "rotation" and kwargs else (q, k)
+
+    return Off, rotate
+
+
+NAMES = {3: "3 linear", "gated": "gated linear", "residual": "linear and residual", "norm": "norm",
+         "rotation": "norms and rotation"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_wrong_launch_is_found_out(kind, monkeypatch, caplog):
+    model, inputs = model_with("qwen3", layers=2), batch()
+    expected = greedy(model, inputs, tokens=12).tolist()
+    wrong, rotate = off(kind, 0.1)
+    monkeypatch.setattr(deferred, "kernel", lambda: wrong)
+    if kind == "rotation":
+        monkeypatch.setattr(parts, "_rotary", lambda: rotate)
+    with recording_on_cpu(Fusing), caplog.at_level("WARNING"):
+        assert greedy(model, inputs, tokens=12).tolist() == expected
+        (step,) = capture._STEPS[model]
+        assert not step.defers and f"the launch of {NAMES[kind]} is 0.1 off" in step.plain_because
+    assert "recorded launch by launch: the launch of" in caplog.text
+
+
+def test_a_chaotic_model_is_not_taken_for_a_wrong_launch(monkeypatch):
+    # few pages and peaked attention: a little rounding chooses other pages, layer after layer
+    model, inputs = make(num_hidden_layers=16, initializer_range=1.0), batch(length=200, padding=(0, 0))
+    unique_hf.configure(model, page_size=4, budget=16)
+    logits = []
+
+    class Rounded(Kernel):
+        @staticmethod
+        def skinny_linear(x, weights, biases, outs, residual=None, gated=False):
+            linear(x, weights, biases, outs, residual, gated)
+            for out in outs:
+                out.mul_(1 + torch.randn_like(out) * 2**-6)
+
+    monkeypatch.setattr(deferred, "kernel", lambda: Rounded)
+
+    class Keeps(Fusing):
+        def warm(self, step):
+            outputs = super().warm(step)
+            logits.append(outputs[1]["logits"])
+            return outputs
+
+    with recording_on_cpu(Keeps):
+        greedy(model, inputs, tokens=4)
+        (step,) = capture._STEPS[model]
+        assert step.defers and step.launches["gated linear"] >= 16
+    plain, waited = logits
+    assert (plain - waited).norm() > 0.25 * plain.norm(), "this one is chaotic"
+
+
+def test_what_counts_as_a_distance():
+    ones, gap = torch.ones(2, 8), torch.tensor([[1.0, torch.inf, torch.nan, 2.0]])
+    assert deferred._distance(ones, ones) == 0 == deferred._distance(0 * ones, 0 * ones)
+    assert deferred._distance(gap, gap) == 0, "what overflows in torch overflows here"
+    assert deferred._distance(ones * 1.5, ones) == 0.5
+    assert deferred._distance(ones, 0 * ones) == torch.inf
+    for wrong in (torch.full((2, 8), torch.nan), torch.ones(2, 8).scatter(1, torch.tensor([[3]]), torch.nan)):
+        mode = Deferred(Kernel, trial=True)
+        mode._compare("a", ones, ones)
+        assert mode.complaint() is None
+        mode._compare("b", wrong, ones)
+        assert "launch of b is nan off" in mode.complaint()
+
+
+def test_why_nothing_waits_is_said():
+    for rows, dtypes, reason in ((17, None, "17 rows, the kernel takes at most 16"), (2, set(), "no linear layer")):
+        model = model_with("qwen3")
+        with pytest.MonkeyPatch.context() as patch, recording_on_cpu(Fusing):
+            if dtypes is not None:
+                patch.setattr(deferred, "DTYPES", dtypes)
+            greedy(model, batch(rows=rows, padding=(0,)), tokens=4)
+            assert reason in capture._STEPS[model][0].plain_because
+
+
 def test_a_function_that_reads_behind_torchs_back_is_found_out():
     model, inputs = model_with("qwen3", layers=2), batch()
     mlp = model.model.layers[0].mlp
@@ -190,6 +288,6 @@ def test_a_function_that_reads_behind_torchs_back_is_found_out():
         expected = greedy(model, inputs, tokens=24).tolist()
         with recording_on_cpu(Fusing) as log:
             assert greedy(model, inputs, tokens=24).tolist() == expected
-            assert "capture" in log and not capture._STEPS[model][0].defers
+            assert "capture" in log and "before they are computed" in capture._STEPS[model][0].plain_because
     finally:
         type(mlp).forward = original

@@ -137,10 +137,8 @@ def test_growing_contexts_neither_compile_nor_wait():
     from triton.runtime.jit import JITFunction
 
     # by path: the package shows the operations of these names, not the files
-    modules = [
-        importlib.import_module(f"unique_attention.{name}")
-        for name in ("page_stats", "page_score", "page_select", "sparse_decode")
-    ]
+    names = ("page_stats", "page_score", "page_select", "second_level", "sparse_decode")
+    modules = [importlib.import_module(f"unique_attention.{name}") for name in names]
     model, inputs = on_cuda(), prompt(length=500, padding=(0, 0))
     kernels = [f for module in modules for f in vars(module).values()]
     kernels = [f for f in kernels if isinstance(f, JITFunction)]
@@ -238,7 +236,7 @@ def test_linear_layers_that_run_together_are_as_exact_as_torchs(architecture, ro
     ids = torch.randint(3, 90, (rows, 1), device="cuda")
     truth = make(architecture, "unique").to("cuda", torch.float64)
     truth.load_state_dict(model.state_dict())
-    mode = deferred.Deferred(deferred.kernel(), poison=True)
+    mode = deferred.Deferred(deferred.kernel(), trial=True)
     with torch.no_grad():
         exact, plain = truth(ids).logits, model(ids).logits
         with fused(model, mode), mode:

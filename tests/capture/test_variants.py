@@ -16,7 +16,7 @@ from unique_attention.hf import pages
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 MODULES = [
     importlib.import_module(f"unique_attention.{name}")
-    for name in ("page_stats", "page_score", "page_select", "sparse_decode", "unique_decode")
+    for name in ("page_stats", "page_score", "page_select", "second_level", "sparse_decode")
 ]
 # as in the test on a device, capacities 512, 768 and 1024 among them; the second call finds the buffers of the first
 EXTRA = (0, 0, 1, 7, 20, 64, 300)

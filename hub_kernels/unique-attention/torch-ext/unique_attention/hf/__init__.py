@@ -8,9 +8,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import activity
 from .attention import unique_attention_forward
-from .cache import UniqueCache, UniqueDynamicLayer, UniqueStaticLayer
+from .cache import UniqueCache, UniqueDynamicLayer
 from .masks import unique_mask
 from .settings import settings_of
+from .static import UniqueStaticLayer
 
 __all__ = [
     "UniqueCache",

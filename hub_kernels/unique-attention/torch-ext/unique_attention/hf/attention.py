@@ -10,12 +10,13 @@ import torch
 from .. import ops
 from ..settings import UniqueConfig
 from . import activity, modes, soft
-from .cache import UniqueDynamicLayer, UniqueStaticLayer
+from .cache import UniqueDynamicLayer
 from .dense import dense_attention
 from .masks import MaskFacts, facts_of, unique_mask
 from .modes import DENSE, PREFILL, SOFT, SPARSE, Mode, decide
 from .pages import layer_of
 from .settings import settings_of
+from .static import UniqueStaticLayer
 
 # what Transformers looks for in a Hub kernel, beside `flash_attn_forward`
 supports_flash_attn = True

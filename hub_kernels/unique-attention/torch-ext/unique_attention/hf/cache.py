@@ -1,7 +1,8 @@
-"""Cache layers that keep page statistics beside the keys, and the explicit `UniqueCache`. May import Transformers.
+"""The growing cache layer with page statistics, and the explicit `UniqueCache`. May import Transformers.
 
-The layers replace the stock full-attention ones of `DynamicCache(config=...)` and `StaticCache(config=...)`. They are
-dormant, that is exactly their parents, until the unique attention function wakes them.
+This layer and that of `static.py` replace the stock full-attention ones of `DynamicCache(config=...)` and
+`StaticCache(config=...)`. They are dormant, that is exactly their parents, until the unique attention function wakes
+them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from .. import ops
@@ -37,6 +38,10 @@ class UniqueDynamicLayer(DynamicLayer):
         self.fixed_lens: torch.Tensor | None = None
         self.counters: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._between: Callable[[], int | None] | None = None
+        # called once with the first keys and values, when there is no token yet: who knows how long the call will get
+        # may bring buffers by `move_to`
+        self.provider: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         # pairs of keys and values, or `None`: memory with spare room, and what was last shown as keys and values
         self._buffers: Any = None
         self._views: Any = None
@@ -130,6 +135,9 @@ class UniqueDynamicLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         end = length + key_states.shape[2]
+        provider, self.provider = self.provider, None
+        if provider is not None and length == 0:
+            provider(key_states, value_states)
         self._notice()
         if not self._owns_buffers() or self._buffers[0].shape[2] < end or not self._suits(key_states, value_states):
             self._reserve(key_states, value_states, spare_capacity(end, self.index.settings.page_size))
@@ -172,7 +180,10 @@ class UniqueDynamicLayer(DynamicLayer):
         """Size of the counters that `enter_fixed` takes."""
         return self.keys.shape[0] * self.keys.shape[1] * ops.ROW_COUNTERS
 
-    def enter_fixed(self, seq_lens: torch.Tensor, capacity: int, counters: torch.Tensor | None = None) -> None:
+    def enter_fixed(
+        self, seq_lens: torch.Tensor, capacity: int, counters: torch.Tensor | None = None,
+        between: Callable[[], int | None] | None = None,
+    ) -> None:  # fmt: skip
         """Freeze shapes and addresses for a captured decode step.
 
         From here `update` writes to slots `seq_lens - T .. seq_lens - 1`, returns the whole buffers, and no length is
@@ -184,6 +195,7 @@ class UniqueDynamicLayer(DynamicLayer):
             capacity (`int`): Slots to provide.
             counters (`torch.Tensor`, *optional*): `num_counters` int32 zeros, scratch of `unique_decode`; with them
                 the new token is not written by `update` but handed to the decode op, which writes it on the way.
+            between (`Callable`, *optional*): Gives the number of cached tokens where no step runs, else `None`.
         Raises:
             ValueError: The layer is asleep, empty, or longer than `capacity`.
         """
@@ -200,7 +212,7 @@ class UniqueDynamicLayer(DynamicLayer):
         if not self._owns_buffers() or self._buffers[0].shape[2] < capacity:
             self._reserve(self.keys, self.values, capacity)
         index.reserve(self._buffers[0].shape[2])
-        self.fixed_lens, self.counters = seq_lens, counters
+        self.fixed_lens, self.counters, self._between = seq_lens, counters, between
 
     def leave_fixed(self, length: int) -> None:
         """Return to the growing form.
@@ -208,7 +220,7 @@ class UniqueDynamicLayer(DynamicLayer):
         Args:
             length (`int`): Tokens in the cache now, as counted by the runner.
         """
-        self.fixed_lens = self.counters = self._pending = None
+        self.fixed_lens = self.counters = self._pending = self._between = None
         self._show(length)
         for level in self.index.levels:
             level.covered = length
@@ -240,9 +252,10 @@ class UniqueDynamicLayer(DynamicLayer):
         return super().get_mask_sizes(query_length)
 
     def get_seq_length(self) -> Any:
-        """Cached tokens; in fixed mode a 0-dim device tensor: the tokens before the coming step of one token."""
+        """Cached tokens; within a step in fixed mode a 0-dim device tensor, without the one token of that step."""
         if self.fixed_lens is not None:
-            return self.fixed_lens.max() - 1
+            length = None if self._between is None else self._between()
+            return self.fixed_lens.max() - 1 if length is None else length
         return super().get_seq_length()
 
     # --- what generate does to a cache: the parent's result, statistics and buffers carried along ---
@@ -314,58 +327,6 @@ class UniqueDynamicLayer(DynamicLayer):
             self.keys, self.values = select(self.keys), select(self.values)
             self._drop_buffers()
         self.index.select_rows(select)
-
-
-class UniqueStaticLayer(StaticLayer):
-    """A cache layer of fixed capacity with page statistics; all lengths stay on the device, as `torch.compile` needs.
-
-    Args:
-        max_cache_len (`int`): Slots.
-        settings (`UniqueConfig`, *optional*): Wake the layer at once.
-    """
-
-    def __init__(self, max_cache_len: int, settings: UniqueConfig | None = None, **kwargs: Any):
-        super().__init__(max_cache_len=max_cache_len, **kwargs)
-        self.index = PageIndex()
-        # for the report only: exact in eager runs, not advanced in compiled code, set right again by each prefill
-        self.host_length = 0
-        if settings is not None:
-            self.index.wake(settings)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new tokens and return the whole buffers, as tagged views.
-
-        Args:
-            key_states (`torch.Tensor`): `[B, HK, T, D]`.
-            value_states (`torch.Tensor`): `[B, HK, T, DV]`.
-        Returns:
-            `tuple`: Keys `[B, HK, S, D]` and values `[B, HK, S, DV]` with `S = max_cache_len`.
-        """
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            if key_states.shape[2] > 1 and self.index.settings is not None:
-                self.host_length = int(self.cumulative_length)
-            else:
-                self.host_length += key_states.shape[2]
-        return tag(keys, self), tag(values, self)
-
-    def reset(self) -> None:
-        """Zero the cache; the statistics keep their storage, whose address compiled steps know."""
-        super().reset()
-        self.index.restart()
-        self.host_length = 0
-
-    def prefetch(self) -> None:
-        """Move keys and values back to the device."""
-        wait_for_readers(self)
-        super().prefetch()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the rows for beam search."""
-        super().reorder_cache(beam_idx)
-        self.index.select_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
 
 class UniqueCache(DynamicCache):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
@@ -71,11 +72,20 @@ def dense_attention(
 
 
 def _lower_right(query, key, value, scaling, dropout) -> torch.Tensor:
+    """Causal, aligned to the last key; keys and values of a long cache are never repeated for their query heads."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     bias = causal_lower_right(query.shape[2], key.shape[2])
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+    call = {"attn_mask": bias, "dropout_p": dropout, "scale": scaling}
+    if groups == 1:
+        out = F.scaled_dot_product_attention(query, key, value, **call)
+    elif can_use_flash_attention(SDPAParams(query, key, value, None, dropout, False, True)):
+        out = F.scaled_dot_product_attention(query, key, value, **call, enable_gqa=True)
+    else:
+        parts = []
+        for part, k, v in zip(query.split(groups, 1), key.split(1, 1), value.split(1, 1), strict=True):
+            k, v = k.expand(-1, groups, -1, -1), v.expand(-1, groups, -1, -1)
+            parts.append(F.scaled_dot_product_attention(part, k, v, **call))
+        out = torch.cat(parts, dim=1)
     return out.transpose(1, 2).contiguous()
 
 

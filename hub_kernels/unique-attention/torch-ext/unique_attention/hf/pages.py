@@ -156,6 +156,11 @@ class PageIndex:
         """Pages to provide for `slots` slots: a multiple of 16."""
         return math.ceil(self.pages(slots) / ALIGN_PAGES) * ALIGN_PAGES
 
+    def blank(self, keys: torch.Tensor) -> ops.PageStats:
+        """The statistics of one page of such keys as tensors without memory: shapes and dtypes of their storage."""
+        named = {"score": self.settings.score, "stats_dtype": self.settings.stats_dtype}
+        return ops.empty_stats((*keys.shape[:2], 1), keys.shape[3], **named, device="meta")
+
     def reserve(self, slots: int) -> None:
         """Make room for the statistics of `slots` slots, keeping those that exist."""
         if self.upper is not None:
