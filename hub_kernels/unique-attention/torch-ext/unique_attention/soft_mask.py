@@ -61,6 +61,8 @@ LAUNCH_SMALL = LAUNCH | {(128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 8, 3)
 # small tiles, so that small tests see many of them, of another shape in every kernel
 LAUNCH_INTERPRETER = Launch(Tile(32, 32, 1, 1), Tile(32, 16, 1, 1), Tile(64, 32, 1, 1), 16, threshold=(16, 16, 1))
 MAX_GROUP = 16
+DQ_VARIANT = {"SUM_BY_DOT": True, "DOTS_FIRST": True}
+DKV_VARIANT = {"SUM_BY_DOT": True, "HOIST": False, "SPLIT": False, "DP_FIRST": False}
 MIN_BLOCK_T = 4
 
 
@@ -263,6 +265,8 @@ def _plan(q, k, v, layout: Layout, settings: Settings) -> Plan:
         }  # fmt: skip
 
     fwd, dq, dkv = tile(*launch.fwd, 3), tile(*launch.dq, 2), tile(*launch.dkv, 1)
+    dq |= DQ_VARIANT
+    dkv |= DKV_VARIANT
     dkv["STEP_T"] = min(dkv["BLOCK_T"], max(MIN_BLOCK_T, launch.step_rows // group_pow2))
     meta["ROUND_T"] = max(x["BLOCK_T"] for x in (fwd, dq, dkv))
     # one map of open tiles serves all three: its tiles are the smallest of theirs

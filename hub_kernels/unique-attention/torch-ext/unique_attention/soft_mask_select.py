@@ -161,10 +161,13 @@ def _shrink(
     c5 = low + width * tl.where(even, 0.625, _inside(aim + step, aim))
     c6 = low + width * tl.where(even, 0.75, _inside(aim + 3.0 * step, aim))
     c7 = low + width * tl.where(even, 0.875, _inside(aim + 8.0 * step, aim))
-    # two 16-bit counts per word; one position sees at most N / BLOCK_N pages
-    n12 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n34 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n56 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    # counted is what lies below a cut: the sign of a difference is added in one instruction, a comparison in three
+    n1 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n2 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n3 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n4 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n5 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n6 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
     n7 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
     offs_n = tl.arange(0, BLOCK_N)
     for n in range(first, last, BLOCK_N):
@@ -172,27 +175,44 @@ def _shrink(
             fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, N, NUM_FEATURES, HAS_SCALAR, PRECISION
         )
         score = tl.where(free, score, float("-inf"))
-        n12 += (score >= c1[:, None]).to(tl.int32) + tl.where(score >= c2[:, None], 65536, 0)
-        n34 += (score >= c3[:, None]).to(tl.int32) + tl.where(score >= c4[:, None], 65536, 0)
-        n56 += (score >= c5[:, None]).to(tl.int32) + tl.where(score >= c6[:, None], 65536, 0)
-        n7 += (score >= c7[:, None]).to(tl.int32)
+        n1 += _is_below(score, c1)
+        n2 += _is_below(score, c2)
+        n3 += _is_below(score, c3)
+        n4 += _is_below(score, c4)
+        n5 += _is_below(score, c5)
+        n6 += _is_below(score, c6)
+        n7 += _is_below(score, c7)
+    visited = (last - first + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    n1 = visited - tl.sum(n1, axis=1)
+    n2 = visited - tl.sum(n2, axis=1)
+    n3 = visited - tl.sum(n3, axis=1)
+    n4 = visited - tl.sum(n4, axis=1)
+    n5 = visited - tl.sum(n5, axis=1)
+    n6 = visited - tl.sum(n6, axis=1)
+    n7 = visited - tl.sum(n7, axis=1)
     new_low, new_high, new_count_low, new_count_high = low, high, count_low, count_high
     # the highest cut with more than K' scores above it is the new low, the lowest with at most K' the new high
-    new_low, new_count_low = _raise(new_low, new_count_low, c1, tl.sum(n12 & 0xFFFF, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c2, tl.sum(n12 >> 16, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c3, tl.sum(n34 & 0xFFFF, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c4, tl.sum(n34 >> 16, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c5, tl.sum(n56 & 0xFFFF, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c6, tl.sum(n56 >> 16, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c7, tl.sum(n7, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c7, tl.sum(n7, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c6, tl.sum(n56 >> 16, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c5, tl.sum(n56 & 0xFFFF, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c4, tl.sum(n34 >> 16, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c3, tl.sum(n34 & 0xFFFF, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c2, tl.sum(n12 >> 16, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c1, tl.sum(n12 & 0xFFFF, axis=1), num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c1, n1, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c2, n2, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c3, n3, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c4, n4, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c5, n5, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c6, n6, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c7, n7, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c7, n7, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c6, n6, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c5, n5, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c4, n4, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c3, n3, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c2, n2, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c1, n1, num_free)
     return new_low, new_high, new_count_low, new_count_high
+
+
+@triton.jit
+def _is_below(score, cut):
+    """1 where a score is below the cut of its row: the sign of their difference, which is exact."""
+    return ((score - cut[:, None]).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
 
 
 @triton.jit
