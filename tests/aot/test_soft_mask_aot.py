@@ -83,6 +83,25 @@ def test_soft_mask_does_not_spill_on_hopper(tmp_path):
         assert stack_bytes(kernel, tmp_path) <= allowed, f"{kernel.metadata.name} spills"
 
 
+def instructions(kernel, folder):
+    """Machine code of a compiled CUDA kernel, as text."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def test_soft_mask_products_do_not_wait_one_by_one_on_hopper(tmp_path):
+    kernels = launch_and_compile(lambda: train_step(page_size=8, H=16, HK=4), MODULES, "cuda:90")
+    checked = 0
+    for kernel in kernels:
+        code = instructions(kernel, tmp_path)
+        products, waits = len(re.findall(r"\bHGMMA", code)), len(re.findall(r"WARPGROUP\.DEPBAR", code))
+        checked += products > 0
+        assert 2 * waits <= products, f"{kernel.metadata.name}: {waits} waits for {products} products"
+    assert checked == 5, "thresholds, tiles and the three attention kernels are made of products"
+
+
 def test_soft_mask_lengths_do_not_recompile():
     keys = set()
     for length in (256, 257, 300, 1031, 4096):

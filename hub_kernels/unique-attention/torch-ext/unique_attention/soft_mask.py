@@ -71,6 +71,7 @@ class Layout(NamedTuple):
 
     start: torch.Tensor
     valid: torch.Tensor | None
+    packed: bool = False  # whether queries of a row may differ in their first slot
 
 
 class Settings(NamedTuple):
@@ -218,7 +219,7 @@ def _pack(cu_seq_lens, token_mask, length: int, page_size: int) -> tuple[torch.T
         valid[0, slots] = token_mask[0].to(torch.uint8)
     start = torch.full((1, num_slots), num_slots, dtype=torch.int32, device=device)
     start[0, slots] = of_document[document].to(torch.int32)
-    return slots, num_slots, Layout(start, valid)
+    return slots, num_slots, Layout(start, valid, packed=True)
 
 
 class Plan(NamedTuple):
@@ -266,7 +267,7 @@ def _plan(q, k, v, layout: Layout, settings: Settings) -> Plan:
 
     fwd, dq, dkv = tile(*launch.fwd, 3), tile(*launch.dq, 2), tile(*launch.dkv, 1)
     dq |= DQ_VARIANT
-    dkv |= DKV_VARIANT
+    dkv |= DKV_VARIANT | {"PACKED": layout.packed}
     dkv["STEP_T"] = min(dkv["BLOCK_T"], max(MIN_BLOCK_T, launch.step_rows // group_pow2))
     meta["ROUND_T"] = max(x["BLOCK_T"] for x in (fwd, dq, dkv))
     # one map of open tiles serves all three: its tiles are the smallest of theirs
@@ -309,7 +310,7 @@ class _SoftMaskAttention(torch.autograd.Function):
             valid.stride(0), T, feats.fp.shape[2], NQB, NKB, HK, **plan.meta, **plan.fwd, HAS_SINKS=sinks is not None,
         )  # fmt: skip
         # features and lists are cheap to make again and would stay in memory for every layer
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *layout, *thresholds, is_open)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, layout.start, layout.valid, *thresholds, is_open)
         ctx.threshold_grad, ctx.plan, ctx.form = settings.threshold_grad, plan, form
         return out
 

@@ -175,14 +175,14 @@ def _soft_mask_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, first_t,
+    dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start, first_t,
     lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr, above_ptr, below_ptr, start_ptr,
     stride_qt, stride_dot, stride_start_t,
     pid_bh, T, sink_pages, recent_pages, scale, softcap, inv_temperature,
     GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, SUM_BY_DOT: tl.constexpr, HOIST: tl.constexpr, DP_FIRST: tl.constexpr,
+    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, SUM_BY_DOT: tl.constexpr, PACKED: tl.constexpr, HOIST: tl.constexpr, DP_FIRST: tl.constexpr,
     ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     """What STEP_T queries add to the gradients of a tile of keys."""
@@ -215,7 +215,10 @@ def _dkv_step(
     row = pid_bh * T + offs_t
     fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f, mask=mask_t[:, None], other=0.0)
     theta = tl.load(theta_ptr + row, mask=mask_t, other=float("-inf"))
-    start = tl.load(start_ptr + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
+    if PACKED:
+        start = tl.load(start_ptr + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
+    else:
+        start = tl.zeros([ROWS_T], tl.int32) + row_start
     score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, ROWS_T]
     if HAS_SCALAR:
         nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
@@ -267,7 +270,7 @@ def _soft_mask_bwd_dkv_kernel(
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     ROUND_T: tl.constexpr, BLOCK_T: tl.constexpr, STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
-    SUM_BY_DOT: tl.constexpr, HOIST: tl.constexpr, DP_FIRST: tl.constexpr, SPLIT: tl.constexpr,
+    SUM_BY_DOT: tl.constexpr, PACKED: tl.constexpr, HOIST: tl.constexpr, DP_FIRST: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program (block of keys, b * HK) writes dv, dfp and dfs of its pages, and dk but for the statistics."""
     pid_k = tl.program_id(0).to(tl.int64)
@@ -309,6 +312,7 @@ def _soft_mask_bwd_dkv_kernel(
     lse_ptr += packed
     delta_ptr += packed
     start_ptr += b * stride_start_b
+    row_start = tl.load(start_ptr).to(tl.int32)  # of all queries, unless documents are packed
     list_ptr += (pid_bh * NKB + pid_k) * NQB
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
@@ -326,24 +330,24 @@ def _soft_mask_bwd_dkv_kernel(
     for j in range(num_first):
         following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
         dk, dv, dfp, dfs = _dkv_step(
-            dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows,
+            dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start,
             block * BLOCK_T + j % STEPS * STEP_T, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr,
             above_ptr, below_ptr, start_ptr, stride_qt, stride_dot, stride_start_t, pid_bh, T,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, SUM_BY_DOT, HOIST, DP_FIRST, True,
+            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, SUM_BY_DOT, PACKED, HOIST, DP_FIRST, True,
         )  # fmt: skip
         block = following
     if SPLIT:
         for j in range(num_first, num_steps):
             following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
             dk, dv, dfp, dfs = _dkv_step(
-                dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows,
+                dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start,
                 block * BLOCK_T + j % STEPS * STEP_T, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr,
                 above_ptr, below_ptr, start_ptr, stride_qt, stride_dot, stride_start_t, pid_bh, T,
                 sink_pages, recent_pages, scale, softcap, inv_temperature,
                 GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-                THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, SUM_BY_DOT, HOIST, DP_FIRST, False,
+                THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, SUM_BY_DOT, PACKED, HOIST, DP_FIRST, False,
             )  # fmt: skip
             block = following
 
