@@ -19,7 +19,7 @@ MODULES = (soft_mask, soft_mask_select, soft_mask_stats)
 # shared memory that one program may take
 SHARED = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
 # bytes of stack per thread a kernel may spill to
-SPILLS = {"_soft_mask_fwd_attend_kernel": 32, "_soft_mask_bwd_dq_kernel": 192, "_soft_mask_bwd_dkv_kernel": 288}
+SPILLS = {"_soft_mask_fwd_attend_kernel": 32, "_soft_mask_bwd_dq_kernel": 352, "_soft_mask_bwd_dkv_kernel": 480}
 
 
 def train_step(dtype=torch.bfloat16, D=128, DV=None, H=8, HK=2, T=256, page_size=4, mask=False, **settings):

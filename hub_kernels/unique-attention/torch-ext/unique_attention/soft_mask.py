@@ -50,7 +50,7 @@ class Launch(NamedTuple):
 # by largest head dim and bytes per number; two stages copy and compute in turn, three at the same time
 LAUNCH = {
     (64, 2): Launch(*[Tile(64, 64, 4, 3)] * 3, 64),
-    (128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3), 64),
+    (128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3), 64, threshold=(64, 32, 4)),
     (256, 2): Launch(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), 32),
     (64, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 32),
     (128, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 16),
@@ -61,8 +61,6 @@ LAUNCH_SMALL = LAUNCH | {(128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 8, 3)
 # small tiles, so that small tests see many of them, of another shape in every kernel
 LAUNCH_INTERPRETER = Launch(Tile(32, 32, 1, 1), Tile(32, 16, 1, 1), Tile(64, 32, 1, 1), 16, threshold=(16, 16, 1))
 MAX_GROUP = 16
-DQ_VARIANT = {"SUM_BY_DOT": True, "DOTS_FIRST": True}
-DKV_VARIANT = {"SUM_BY_DOT": True, "HOIST": False, "SPLIT": False, "DP_FIRST": False}
 MIN_BLOCK_T = 4
 
 
@@ -266,8 +264,7 @@ def _plan(q, k, v, layout: Layout, settings: Settings) -> Plan:
         }  # fmt: skip
 
     fwd, dq, dkv = tile(*launch.fwd, 3), tile(*launch.dq, 2), tile(*launch.dkv, 1)
-    dq |= DQ_VARIANT
-    dkv |= DKV_VARIANT | {"PACKED": layout.packed}
+    dkv["PACKED"] = layout.packed
     dkv["STEP_T"] = min(dkv["BLOCK_T"], max(MIN_BLOCK_T, launch.step_rows // group_pow2))
     meta["ROUND_T"] = max(x["BLOCK_T"] for x in (fwd, dq, dkv))
     # one map of open tiles serves all three: its tiles are the smallest of theirs
@@ -343,7 +340,7 @@ class _SoftMaskAttention(torch.autograd.Function):
         pages_per_tile, tiles_per_page = max(1, block_s // page_size), max(1, page_size // block_s)
         dfp = torch.empty(B * HK, NKB, pages_per_tile, feats.fp.shape[3], dtype=torch.float32, device=q.device)
         dfs = torch.empty(dfp.shape[:3], dtype=torch.float32, device=q.device)
-        _soft_mask_bwd_dkv_kernel[(NKB, B * HK)](
+        _soft_mask_bwd_dkv_kernel[(B * HK, NKB)](
             q, k, v, dout, lse, delta, *feats, theta, dtheta, above, below, start, mask,
             lists, counts, dk, dv, dfp, dfs,
             *strides, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *edges, NQB, NKB, HK,

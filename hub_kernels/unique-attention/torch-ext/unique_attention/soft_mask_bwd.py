@@ -22,21 +22,18 @@ def _dq_tile(
     GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, SUM_BY_DOT: tl.constexpr, DOTS_FIRST: tl.constexpr, ON_EDGE: tl.constexpr,
+    BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     """What a tile adds to the gradients of its queries."""
     NC: tl.constexpr = BLOCK_S // CHUNK
     k, v, valid = load_keys(
         k_ptr, v_ptr, valid_ptr, stride_ks, stride_vs, tile, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_S, HAS_MASK, ON_EDGE
     )
-    if DOTS_FIRST:
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     log_gate, slack, fp, fs = row_gate(
         fq, nq, fp_ptr, fs_ptr, theta, first_page, own_page, tile, N, sink_pages, recent_pages, inv_temperature,
         PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, PRECISION, BLOCK_S, CHUNK,
     )  # fmt: skip
-    if not DOTS_FIRST:
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     offset = spread(log_gate, BLOCK_T, GROUP_POW2, NC, CHUNK) - lse[:, None]
     s, slope = capped_logits(dots, scale, softcap, HAS_SOFTCAP)
     p = tl.exp2(s + offset)  # [M, BLOCK_S]
@@ -45,11 +42,9 @@ def _dq_tile(
     if HAS_MASK:
         p = tl.where(valid[None, :], p, 0.0)
     dz = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    if SUM_BY_DOT:
-        dchunk = tl.dot(dz.to(k.dtype), chunk_of, input_precision=PRECISION)  # [M, NC]
-        dgate = tl.sum(tl.reshape(dchunk, (BLOCK_T, GROUP_POW2, NC)), axis=1) * slack
-    else:
-        dgate = tl.sum(tl.sum(tl.reshape(dz, (BLOCK_T, GROUP_POW2, NC, CHUNK)), axis=3), axis=1) * slack
+    # a product with zeros and ones: sums across lanes take more time than the tensor cores here
+    dchunk = tl.dot(dz.to(k.dtype), chunk_of, input_precision=PRECISION)  # [M, NC]
+    dgate = tl.sum(tl.reshape(dchunk, (BLOCK_T, GROUP_POW2, NC)), axis=1) * slack
     dq = tl.dot((dz * slope).to(k.dtype), k, dq, input_precision=PRECISION)
     dfq = tl.dot(dgate.to(k.dtype), fp.to(k.dtype), dfq, input_precision=PRECISION)
     if HAS_SCALAR:
@@ -71,7 +66,6 @@ def _soft_mask_bwd_dq_kernel(
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     ROUND_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
-    SUM_BY_DOT: tl.constexpr, DOTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Program (block of queries from the last, b * HK) writes dfq, dnq, delta, dtheta, and dq but for the features."""
     pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
@@ -138,7 +132,7 @@ def _soft_mask_bwd_dq_kernel(
             k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-            THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, SUM_BY_DOT, DOTS_FIRST, True,
+            THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, True,
         )  # fmt: skip
         tile = following
     tile = tl.load(list_ptr)
@@ -149,7 +143,7 @@ def _soft_mask_bwd_dq_kernel(
             k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-            THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, SUM_BY_DOT, DOTS_FIRST, False,
+            THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, False,
         )  # fmt: skip
         tile = following
 
@@ -182,7 +176,7 @@ def _dkv_step(
     GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, SUM_BY_DOT: tl.constexpr, PACKED: tl.constexpr, HOIST: tl.constexpr, DP_FIRST: tl.constexpr,
+    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
     ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     """What STEP_T queries add to the gradients of a tile of keys."""
@@ -199,14 +193,9 @@ def _dkv_step(
     g_of_row = offs_m % GROUP_POW2
     t_of_row = first_t + offs_m // GROUP_POW2
     mask_m = (t_of_row < T) & (g_of_row < GROUP)
-    if HOIST:
-        q_rows += first_t.to(tl.int64) * stride_qt
-        dout_rows += first_t.to(tl.int64) * stride_dot
-    else:
-        q_rows += t_of_row.to(tl.int64)[:, None] * stride_qt
-        dout_rows += t_of_row.to(tl.int64)[:, None] * stride_dot
-    q = tl.load(q_rows, mask=mask_m[:, None] & (offs_d < D), other=0.0)  # [M, BLOCK_D]
-    dout = tl.load(dout_rows, mask=mask_m[:, None] & (offs_dv < DV), other=0.0)
+    t64 = t_of_row.to(tl.int64)[:, None]
+    q = tl.load(q_rows + t64 * stride_qt, mask=mask_m[:, None] & (offs_d < D), other=0.0)  # [M, BLOCK_D]
+    dout = tl.load(dout_rows + t64 * stride_dot, mask=mask_m[:, None] & (offs_dv < DV), other=0.0)
     # rows without a query have dout = 0 and delta = 0, and add nothing
     lse = tl.load(lse_ptr + first_t * GROUP_POW2 + offs_m)
     delta = tl.load(delta_ptr + first_t * GROUP_POW2 + offs_m)
@@ -228,8 +217,6 @@ def _dkv_step(
         sink_pages, recent_pages, inv_temperature,
     )  # fmt: skip
     dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_S, M]
-    if DP_FIRST:
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     s, slope = capped_logits(dots, scale, softcap, HAS_SOFTCAP)
     p = tl.exp2(s + (spread(log_gate, NC, CHUNK, ROWS_T, ROWS_G) - lse[None, :]))  # [BLOCK_S, M]
     if ON_EDGE:
@@ -237,15 +224,11 @@ def _dkv_step(
     if HAS_MASK:
         p = tl.where(valid[:, None], p, 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    if not DP_FIRST:
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     dz = p * (dp - delta[None, :])
-    if SUM_BY_DOT:
-        dquery = tl.dot(dz.to(q.dtype), query_of, input_precision=PRECISION)  # [BLOCK_S, ROWS_T]
-        dgate = tl.sum(tl.reshape(dquery, (NC, CHUNK, ROWS_T)), axis=1) * slack
+    dquery = tl.dot(dz.to(q.dtype), query_of, input_precision=PRECISION)  # [BLOCK_S, ROWS_T]
+    dgate = tl.sum(tl.reshape(dquery, (NC, CHUNK, ROWS_T)), axis=1) * slack
     dk = tl.dot((dz * slope).to(q.dtype), q, dk, input_precision=PRECISION)
-    if not SUM_BY_DOT:
-        dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, ROWS_T, ROWS_G)), axis=3), axis=1) * slack
     if THRESHOLD_GRAD:
         # both pages that set the threshold get half of its gradient, once each
         half = 0.5 * tl.load(dtheta_ptr + row, mask=mask_t & (offs_r % PARTS == 0), other=0.0)[None, :]
@@ -270,11 +253,12 @@ def _soft_mask_bwd_dkv_kernel(
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     ROUND_T: tl.constexpr, BLOCK_T: tl.constexpr, STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
-    SUM_BY_DOT: tl.constexpr, PACKED: tl.constexpr, HOIST: tl.constexpr, DP_FIRST: tl.constexpr, SPLIT: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of keys, b * HK) writes dv, dfp and dfs of its pages, and dk but for the statistics."""
-    pid_k = tl.program_id(0).to(tl.int64)
-    pid_bh = tl.program_id(1).to(tl.int64)
+    """Program (b * HK, block of keys) writes dv, dfp and dfs of its pages, and dk but for the statistics."""
+    # the blocks with most queries start first, of all heads: one of them at the end would run alone
+    pid_bh = tl.program_id(0).to(tl.int64)
+    pid_k = tl.program_id(1).to(tl.int64)
     b = pid_bh // HK
     tile = pid_k.to(tl.int32)
     offs_s = tl.arange(0, BLOCK_S)
@@ -303,10 +287,6 @@ def _soft_mask_bwd_dkv_kernel(
     heads = (pid_bh % HK) * GROUP + offs_m % GROUP_POW2
     q_rows = q_ptr + b * stride_qb + (heads * stride_qh)[:, None] + offs_d
     dout_rows = dout_ptr + b * stride_dob + (heads * stride_doh)[:, None] + offs_dv
-    if HOIST:
-        t64 = (offs_m // GROUP_POW2).to(tl.int64)[:, None]
-        q_rows += t64 * stride_qt
-        dout_rows += t64 * stride_dot
     query_of = (offs_m[:, None] // (STEP_T * GROUP_POW2 // ROWS_T) == tl.arange(0, ROWS_T)[None, :]).to(k.dtype)
     packed = packed_rows(pid_bh, 0, T, GROUP_POW2, ROUND_T)
     lse_ptr += packed
@@ -326,8 +306,7 @@ def _soft_mask_bwd_dkv_kernel(
     num_edge = tl.maximum(tl.minimum(num_edge, count), 1) * STEPS
     num_steps = count * STEPS
     block = tl.load(list_ptr)
-    num_first = num_edge if SPLIT else num_steps
-    for j in range(num_first):
+    for j in range(num_edge):
         following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
         dk, dv, dfp, dfs = _dkv_step(
             dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start,
@@ -335,21 +314,20 @@ def _soft_mask_bwd_dkv_kernel(
             above_ptr, below_ptr, start_ptr, stride_qt, stride_dot, stride_start_t, pid_bh, T,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, SUM_BY_DOT, PACKED, HOIST, DP_FIRST, True,
+            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, PACKED, True,
         )  # fmt: skip
         block = following
-    if SPLIT:
-        for j in range(num_first, num_steps):
-            following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
-            dk, dv, dfp, dfs = _dkv_step(
-                dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start,
-                block * BLOCK_T + j % STEPS * STEP_T, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr,
-                above_ptr, below_ptr, start_ptr, stride_qt, stride_dot, stride_start_t, pid_bh, T,
-                sink_pages, recent_pages, scale, softcap, inv_temperature,
-                GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-                THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, SUM_BY_DOT, PACKED, HOIST, DP_FIRST, False,
-            )  # fmt: skip
-            block = following
+    for j in range(num_edge, num_steps):
+        following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
+        dk, dv, dfp, dfs = _dkv_step(
+            dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start,
+            block * BLOCK_T + j % STEPS * STEP_T, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr,
+            above_ptr, below_ptr, start_ptr, stride_qt, stride_dot, stride_start_t, pid_bh, T,
+            sink_pages, recent_pages, scale, softcap, inv_temperature,
+            GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
+            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, PACKED, False,
+        )  # fmt: skip
+        block = following
 
     mask_s = (slots < T)[:, None]
     slot64 = slots.to(tl.int64)[:, None]

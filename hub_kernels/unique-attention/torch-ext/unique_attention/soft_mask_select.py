@@ -52,9 +52,9 @@ def _soft_mask_fwd_threshold_kernel(
     PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, WITH_IDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of queries from the last, b * HK) writes theta (Eq. 6) and the two pages that set it."""
-    pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    pid_bh = tl.program_id(1).to(tl.int64)
+    """Program (b * HK, block of queries from the last) writes theta (Eq. 6) and the two pages that set it."""
+    pid_bh = tl.program_id(0).to(tl.int64)
+    pid_t = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     offs_t = (pid_t * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
     starts = start_ptr + (pid_bh // HK) * stride_start_b
@@ -161,14 +161,9 @@ def _shrink(
     c5 = low + width * tl.where(even, 0.625, _inside(aim + step, aim))
     c6 = low + width * tl.where(even, 0.75, _inside(aim + 3.0 * step, aim))
     c7 = low + width * tl.where(even, 0.875, _inside(aim + 8.0 * step, aim))
-    # counted is what lies below a cut: the sign of a difference is added in one instruction, a comparison in three
-    n1 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n2 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n3 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n4 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n5 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n6 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n7 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    # counted is what lies below a cut: adding the sign of a difference takes two instructions, a comparison three
+    zero = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n1, n2, n3, n4, n5, n6, n7 = zero, zero, zero, zero, zero, zero, zero
     offs_n = tl.arange(0, BLOCK_N)
     for n in range(first, last, BLOCK_N):
         score, free = candidate_scores(
@@ -384,7 +379,7 @@ def select_tiles(
     pages |= {"NUM_FEATURES": F, "WITH_IDS": threshold_grad}
     forced = (meta["sink_pages"], meta["recent_pages"])
     starts = layout.start.stride()
-    _soft_mask_fwd_threshold_kernel[(triton.cdiv(T, select["threshold"]["BLOCK_T"]), B * HK)](
+    _soft_mask_fwd_threshold_kernel[(B * HK, triton.cdiv(T, select["threshold"]["BLOCK_T"]))](
         fq, nq, fp, fs, layout.start, theta, above, below, *starts, T, N, HK, select["num_free"], *forced,
         **pages, **select["threshold"],
     )  # fmt: skip
