@@ -50,7 +50,7 @@ class Launch(NamedTuple):
 # by largest head dim and bytes per number; two stages copy and compute in turn, three at the same time
 LAUNCH = {
     (64, 2): Launch(*[Tile(64, 64, 4, 3)] * 3, 64),
-    (128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3), 64),
+    (128, 2): Launch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3), 64, threshold=(64, 32, 4)),
     (256, 2): Launch(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), 32),
     (64, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 32),
     (128, 4): Launch(*[Tile(32, 32, 4, 1)] * 3, 16),
@@ -69,6 +69,7 @@ class Layout(NamedTuple):
 
     start: torch.Tensor
     valid: torch.Tensor | None
+    packed: bool = False  # whether queries of a row may differ in their first slot
 
 
 class Settings(NamedTuple):
@@ -216,7 +217,7 @@ def _pack(cu_seq_lens, token_mask, length: int, page_size: int) -> tuple[torch.T
         valid[0, slots] = token_mask[0].to(torch.uint8)
     start = torch.full((1, num_slots), num_slots, dtype=torch.int32, device=device)
     start[0, slots] = of_document[document].to(torch.int32)
-    return slots, num_slots, Layout(start, valid)
+    return slots, num_slots, Layout(start, valid, packed=True)
 
 
 class Plan(NamedTuple):
@@ -263,6 +264,7 @@ def _plan(q, k, v, layout: Layout, settings: Settings) -> Plan:
         }  # fmt: skip
 
     fwd, dq, dkv = tile(*launch.fwd, 3), tile(*launch.dq, 2), tile(*launch.dkv, 1)
+    dkv["PACKED"] = layout.packed
     dkv["STEP_T"] = min(dkv["BLOCK_T"], max(MIN_BLOCK_T, launch.step_rows // group_pow2))
     meta["ROUND_T"] = max(x["BLOCK_T"] for x in (fwd, dq, dkv))
     # one map of open tiles serves all three: its tiles are the smallest of theirs
@@ -305,7 +307,7 @@ class _SoftMaskAttention(torch.autograd.Function):
             valid.stride(0), T, feats.fp.shape[2], NQB, NKB, HK, **plan.meta, **plan.fwd, HAS_SINKS=sinks is not None,
         )  # fmt: skip
         # features and lists are cheap to make again and would stay in memory for every layer
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *layout, *thresholds, is_open)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, layout.start, layout.valid, *thresholds, is_open)
         ctx.threshold_grad, ctx.plan, ctx.form = settings.threshold_grad, plan, form
         return out
 
@@ -338,7 +340,7 @@ class _SoftMaskAttention(torch.autograd.Function):
         pages_per_tile, tiles_per_page = max(1, block_s // page_size), max(1, page_size // block_s)
         dfp = torch.empty(B * HK, NKB, pages_per_tile, feats.fp.shape[3], dtype=torch.float32, device=q.device)
         dfs = torch.empty(dfp.shape[:3], dtype=torch.float32, device=q.device)
-        _soft_mask_bwd_dkv_kernel[(NKB, B * HK)](
+        _soft_mask_bwd_dkv_kernel[(B * HK, NKB)](
             q, k, v, dout, lse, delta, *feats, theta, dtheta, above, below, start, mask,
             lists, counts, dk, dv, dfp, dfs,
             *strides, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *edges, NQB, NKB, HK,

@@ -15,7 +15,7 @@ from .soft_mask_fwd import RUNTIME, capped_logits, load_keys, packed_rows, page_
 
 @triton.jit
 def _dq_tile(
-    dq, dfq, dnq, dtheta, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
+    dq, dfq, dnq, dtheta, chunk_of, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
     k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr,
     stride_ks, stride_vs,
     tile, T, N, sink_pages, recent_pages, scale, softcap, inv_temperature,
@@ -29,24 +29,28 @@ def _dq_tile(
     k, v, valid = load_keys(
         k_ptr, v_ptr, valid_ptr, stride_ks, stride_vs, tile, T, D, DV, BLOCK_D, BLOCK_DV, BLOCK_S, HAS_MASK, ON_EDGE
     )
+    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     log_gate, slack, fp, fs = row_gate(
         fq, nq, fp_ptr, fs_ptr, theta, first_page, own_page, tile, N, sink_pages, recent_pages, inv_temperature,
         PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, PRECISION, BLOCK_S, CHUNK,
     )  # fmt: skip
-    s, slope = capped_logits(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, HAS_SOFTCAP)
-    p = tl.exp2(s + spread(log_gate, BLOCK_T, GROUP_POW2, NC, CHUNK) - lse[:, None])  # [M, BLOCK_S]
+    offset = spread(log_gate, BLOCK_T, GROUP_POW2, NC, CHUNK) - lse[:, None]
+    s, slope = capped_logits(dots, scale, softcap, HAS_SOFTCAP)
+    p = tl.exp2(s + offset)  # [M, BLOCK_S]
     if ON_EDGE:
         p = tl.where((tile * BLOCK_S + tl.arange(0, BLOCK_S))[None, :] <= t_of_row[:, None], p, 0.0)
     if HAS_MASK:
         p = tl.where(valid[None, :], p, 0.0)
     dz = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    dgate = tl.sum(tl.sum(tl.reshape(dz, (BLOCK_T, GROUP_POW2, NC, CHUNK)), axis=3), axis=1) * slack
+    # a product with zeros and ones: sums across lanes take more time than the tensor cores here
+    dchunk = tl.dot(dz.to(k.dtype), chunk_of, input_precision=PRECISION)  # [M, NC]
+    dgate = tl.sum(tl.reshape(dchunk, (BLOCK_T, GROUP_POW2, NC)), axis=1) * slack
     dq = tl.dot((dz * slope).to(k.dtype), k, dq, input_precision=PRECISION)
     dfq = tl.dot(dgate.to(k.dtype), fp.to(k.dtype), dfq, input_precision=PRECISION)
     if HAS_SCALAR:
-        dnq += tl.sum(dgate * fs[None, :], axis=1)
+        dnq += dgate * fs[None, :]
     if THRESHOLD_GRAD:
-        dtheta -= tl.sum(dgate, axis=1)
+        dtheta -= dgate
     return dq, dfq, dnq, dtheta
 
 
@@ -109,34 +113,42 @@ def _soft_mask_bwd_dq_kernel(
 
     dq = tl.zeros([BLOCK_T * GROUP_POW2, BLOCK_D], tl.float32)
     dfq = tl.zeros([BLOCK_T, NUM_FEATURES], tl.float32)
-    dnq = tl.zeros([BLOCK_T], tl.float32)
-    dtheta = tl.zeros([BLOCK_T], tl.float32)
+    # summed over the chunks at the end
+    NC: tl.constexpr = BLOCK_S // CHUNK
+    dnq = tl.zeros([BLOCK_T, NC], tl.float32)
+    dtheta = tl.zeros([BLOCK_T, NC], tl.float32)
+    chunk_of = (tl.arange(0, BLOCK_S)[:, None] // CHUNK == tl.arange(0, NC)[None, :]).to(q.dtype)
     num_tiles = tl.load(count_ptr + pid_bh * NQB + pid_t)
-    tile = tl.load(list_ptr)
-    # the tiles on the diagonal are always listed, and last
+    # the tiles on the diagonal are always listed, and last; they come first here, because the compiler makes every
+    # product wait where the first loop of an accumulator may not run at all
     last_t = tl.minimum(first_t + BLOCK_T, T) - 1
-    num_inner = num_tiles - (last_t // BLOCK_S - first_t // BLOCK_S + 1)
-    for j in range(num_inner):
-        following = tl.load(list_ptr + j + 1)
+    num_edge = tl.maximum(last_t // BLOCK_S - first_t // BLOCK_S + 1, 1)
+    num_inner = num_tiles - num_edge
+    tile = tl.load(list_ptr + num_inner)
+    for j in range(num_edge):
+        following = tl.load(list_ptr + tl.minimum(num_inner + j + 1, num_tiles - 1))
         dq, dfq, dnq, dtheta = _dq_tile(
-            dq, dfq, dnq, dtheta, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
-            k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
-            sink_pages, recent_pages, scale, softcap, inv_temperature,
-            GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-            THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, False,
-        )  # fmt: skip
-        tile = following
-    for j in range(num_inner, num_tiles):
-        following = tl.load(list_ptr + tl.minimum(j + 1, num_tiles - 1))
-        dq, dfq, dnq, dtheta = _dq_tile(
-            dq, dfq, dnq, dtheta, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
+            dq, dfq, dnq, dtheta, chunk_of, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
             k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
             THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, True,
         )  # fmt: skip
         tile = following
+    tile = tl.load(list_ptr)
+    for j in range(num_inner):
+        following = tl.load(list_ptr + j + 1)
+        dq, dfq, dnq, dtheta = _dq_tile(
+            dq, dfq, dnq, dtheta, chunk_of, q, dout, lse, delta, fq, nq, theta, first_page, own_page, t_of_row,
+            k_ptr, v_ptr, valid_ptr, fp_ptr, fs_ptr, stride_ks, stride_vs, tile, T, N,
+            sink_pages, recent_pages, scale, softcap, inv_temperature,
+            GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
+            THRESHOLD_GRAD, PRECISION, BLOCK_T, BLOCK_S, CHUNK, False,
+        )  # fmt: skip
+        tile = following
 
+    dnq = tl.sum(dnq, axis=1)
+    dtheta = tl.sum(dtheta, axis=1)
     if THRESHOLD_GRAD:
         above = tl.load(above_ptr + row, mask=mask_t, other=0)
         below = tl.load(below_ptr + row, mask=mask_t, other=0)
@@ -157,14 +169,15 @@ def _soft_mask_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, first_t,
-    q_ptr, dout_ptr, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr, above_ptr, below_ptr, start_ptr,
-    stride_qh, stride_qt, stride_doh, stride_dot, stride_start_t,
-    heads, pid_bh, T, sink_pages, recent_pages, scale, softcap, inv_temperature,
+    dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start, first_t,
+    lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr, above_ptr, below_ptr, start_ptr,
+    stride_qt, stride_dot, stride_start_t,
+    pid_bh, T, sink_pages, recent_pages, scale, softcap, inv_temperature,
     GROUP: tl.constexpr, GROUP_POW2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
+    ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     """What STEP_T queries add to the gradients of a tile of keys."""
     NC: tl.constexpr = BLOCK_S // CHUNK
@@ -179,12 +192,10 @@ def _dkv_step(
     offs_m = tl.arange(0, STEP_T * GROUP_POW2)
     g_of_row = offs_m % GROUP_POW2
     t_of_row = first_t + offs_m // GROUP_POW2
-    t64 = t_of_row.to(tl.int64)[:, None]
     mask_m = (t_of_row < T) & (g_of_row < GROUP)
-    q_rows = q_ptr + heads[:, None] * stride_qh + t64 * stride_qt
-    dout_rows = dout_ptr + heads[:, None] * stride_doh + t64 * stride_dot
-    q = tl.load(q_rows + offs_d, mask=mask_m[:, None] & (offs_d < D), other=0.0)  # [M, BLOCK_D]
-    dout = tl.load(dout_rows + offs_dv, mask=mask_m[:, None] & (offs_dv < DV), other=0.0)
+    t64 = t_of_row.to(tl.int64)[:, None]
+    q = tl.load(q_rows + t64 * stride_qt, mask=mask_m[:, None] & (offs_d < D), other=0.0)  # [M, BLOCK_D]
+    dout = tl.load(dout_rows + t64 * stride_dot, mask=mask_m[:, None] & (offs_dv < DV), other=0.0)
     # rows without a query have dout = 0 and delta = 0, and add nothing
     lse = tl.load(lse_ptr + first_t * GROUP_POW2 + offs_m)
     delta = tl.load(delta_ptr + first_t * GROUP_POW2 + offs_m)
@@ -193,7 +204,10 @@ def _dkv_step(
     row = pid_bh * T + offs_t
     fq = tl.load(fq_ptr + row[:, None] * NUM_FEATURES + offs_f, mask=mask_t[:, None], other=0.0)
     theta = tl.load(theta_ptr + row, mask=mask_t, other=float("-inf"))
-    start = tl.load(start_ptr + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
+    if PACKED:
+        start = tl.load(start_ptr + offs_t.to(tl.int64) * stride_start_t, mask=mask_t, other=0).to(tl.int32)
+    else:
+        start = tl.zeros([ROWS_T], tl.int32) + row_start
     score = tl.dot(fp, tl.trans(fq), input_precision=PRECISION)  # [NC, ROWS_T]
     if HAS_SCALAR:
         nq = tl.load(nq_ptr + row, mask=mask_t, other=0.0)
@@ -204,16 +218,17 @@ def _dkv_step(
     )  # fmt: skip
     dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_S, M]
     s, slope = capped_logits(dots, scale, softcap, HAS_SOFTCAP)
-    s += spread(log_gate, NC, CHUNK, ROWS_T, ROWS_G)  # [BLOCK_S, M]
-    seen = slots[:, None] <= t_of_row[None, :]
+    p = tl.exp2(s + (spread(log_gate, NC, CHUNK, ROWS_T, ROWS_G) - lse[None, :]))  # [BLOCK_S, M]
+    if ON_EDGE:
+        p = tl.where(slots[:, None] <= t_of_row[None, :], p, 0.0)
     if HAS_MASK:
-        seen = seen & valid[:, None]
-    p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
+        p = tl.where(valid[:, None], p, 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     dz = p * (dp - delta[None, :])
+    dquery = tl.dot(dz.to(q.dtype), query_of, input_precision=PRECISION)  # [BLOCK_S, ROWS_T]
+    dgate = tl.sum(tl.reshape(dquery, (NC, CHUNK, ROWS_T)), axis=1) * slack
     dk = tl.dot((dz * slope).to(q.dtype), q, dk, input_precision=PRECISION)
-    dgate = tl.sum(tl.sum(tl.reshape(dz, (NC, CHUNK, ROWS_T, ROWS_G)), axis=3), axis=1) * slack
     if THRESHOLD_GRAD:
         # both pages that set the threshold get half of its gradient, once each
         half = 0.5 * tl.load(dtheta_ptr + row, mask=mask_t & (offs_r % PARTS == 0), other=0.0)[None, :]
@@ -222,7 +237,7 @@ def _dkv_step(
         dgate += tl.where(page_once == tl.load(below_ptr + row, mask=mask_t, other=-1)[None, :], half, 0.0)
     dfp = tl.dot(dgate.to(q.dtype), fq.to(q.dtype), dfp, input_precision=PRECISION)
     if HAS_SCALAR:
-        dfs += tl.sum(dgate * nq[None, :], axis=1)
+        dfs += dgate * nq[None, :]
     return dk, dv, dfp, dfs
 
 
@@ -238,10 +253,12 @@ def _soft_mask_bwd_dkv_kernel(
     BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     ROUND_T: tl.constexpr, BLOCK_T: tl.constexpr, STEP_T: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of keys, b * HK) writes dv, dfp and dfs of its pages, and dk but for the statistics."""
-    pid_k = tl.program_id(0).to(tl.int64)
-    pid_bh = tl.program_id(1).to(tl.int64)
+    """Program (b * HK, block of keys) writes dv, dfp and dfs of its pages, and dk but for the statistics."""
+    # the blocks with most queries start first, of all heads: one of them at the end would run alone
+    pid_bh = tl.program_id(0).to(tl.int64)
+    pid_k = tl.program_id(1).to(tl.int64)
     b = pid_bh // HK
     tile = pid_k.to(tl.int32)
     offs_s = tl.arange(0, BLOCK_S)
@@ -264,31 +281,51 @@ def _soft_mask_bwd_dkv_kernel(
     if HAS_SCALAR:
         fs = tl.load(fs_ptr + pid_bh * N + pages, mask=pages < N, other=0.0)
 
-    heads = (pid_bh % HK) * GROUP + tl.arange(0, STEP_T * GROUP_POW2) % GROUP_POW2
-    q_ptr += b * stride_qb
-    dout_ptr += b * stride_dob
+    # a dot takes no fewer than 16 terms: see the step
+    ROWS_T: tl.constexpr = STEP_T * (16 // STEP_T if STEP_T < 16 else 1)
+    offs_m = tl.arange(0, STEP_T * GROUP_POW2)
+    heads = (pid_bh % HK) * GROUP + offs_m % GROUP_POW2
+    q_rows = q_ptr + b * stride_qb + (heads * stride_qh)[:, None] + offs_d
+    dout_rows = dout_ptr + b * stride_dob + (heads * stride_doh)[:, None] + offs_dv
+    query_of = (offs_m[:, None] // (STEP_T * GROUP_POW2 // ROWS_T) == tl.arange(0, ROWS_T)[None, :]).to(k.dtype)
     packed = packed_rows(pid_bh, 0, T, GROUP_POW2, ROUND_T)
     lse_ptr += packed
     delta_ptr += packed
     start_ptr += b * stride_start_b
+    row_start = tl.load(start_ptr).to(tl.int32)  # of all queries, unless documents are packed
     list_ptr += (pid_bh * NKB + pid_k) * NQB
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
     dfp = tl.zeros([NC, NUM_FEATURES], tl.float32)
-    dfs = tl.zeros([NC], tl.float32)
+    dfs = tl.zeros([NC, ROWS_T], tl.float32)  # summed over the queries at the end
     # an open tile is walked in steps of STEP_T queries: dk and dv leave few registers
     STEPS: tl.constexpr = BLOCK_T // STEP_T
-    num_steps = tl.load(count_ptr + pid_bh * NKB + pid_k) * STEPS
+    # the tiles on the diagonal are always listed, and first; a loop that may run not once makes the products wait
+    count = tl.maximum(tl.load(count_ptr + pid_bh * NKB + pid_k), 1)
+    num_edge = (tile * BLOCK_S + BLOCK_S + BLOCK_T - 2) // BLOCK_T - tile * BLOCK_S // BLOCK_T
+    num_edge = tl.maximum(tl.minimum(num_edge, count), 1) * STEPS
+    num_steps = count * STEPS
     block = tl.load(list_ptr)
-    for j in range(num_steps):
+    for j in range(num_edge):
         following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
         dk, dv, dfp, dfs = _dkv_step(
-            dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, block * BLOCK_T + j % STEPS * STEP_T,
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr, above_ptr, below_ptr,
-            start_ptr, stride_qh, stride_qt, stride_doh, stride_dot, stride_start_t, heads, pid_bh, T,
+            dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start,
+            block * BLOCK_T + j % STEPS * STEP_T, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr,
+            above_ptr, below_ptr, start_ptr, stride_qt, stride_dot, stride_start_t, pid_bh, T,
             sink_pages, recent_pages, scale, softcap, inv_temperature,
             GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
-            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK,
+            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, PACKED, True,
+        )  # fmt: skip
+        block = following
+    for j in range(num_edge, num_steps):
+        following = tl.load(list_ptr + tl.minimum(j + 1, num_steps - 1) // STEPS)
+        dk, dv, dfp, dfs = _dkv_step(
+            dk, dv, dfp, dfs, k, v, fp, fs, valid, slots, pages, chunk_start, query_of, q_rows, dout_rows, row_start,
+            block * BLOCK_T + j % STEPS * STEP_T, lse_ptr, delta_ptr, fq_ptr, nq_ptr, theta_ptr, dtheta_ptr,
+            above_ptr, below_ptr, start_ptr, stride_qt, stride_dot, stride_start_t, pid_bh, T,
+            sink_pages, recent_pages, scale, softcap, inv_temperature,
+            GROUP, GROUP_POW2, D, DV, BLOCK_D, BLOCK_DV, PAGE_SIZE, NUM_FEATURES, HAS_SCALAR, HAS_SOFTCAP, HAS_MASK,
+            THRESHOLD_GRAD, PRECISION, STEP_T, BLOCK_S, CHUNK, PACKED, False,
         )  # fmt: skip
         block = following
 
@@ -301,7 +338,7 @@ def _soft_mask_bwd_dkv_kernel(
     # chunks of one page are added up; pages larger than the tile are added up by the caller
     PAGES: tl.constexpr = BLOCK_S // PAGE_SIZE if PAGE_SIZE < BLOCK_S else 1
     dfp = tl.sum(tl.reshape(dfp, (PAGES, NC // PAGES, NUM_FEATURES)), axis=1) * inv_temperature
-    dfs = tl.sum(tl.reshape(dfs, (PAGES, NC // PAGES)), axis=1) * inv_temperature
+    dfs = tl.sum(tl.reshape(tl.sum(dfs, axis=1), (PAGES, NC // PAGES)), axis=1) * inv_temperature
     page_row = (pid_bh * NKB + pid_k) * PAGES + tl.arange(0, PAGES)
     tl.store(dfp_ptr + page_row[:, None] * NUM_FEATURES + offs_f, dfp)
     if HAS_SCALAR:

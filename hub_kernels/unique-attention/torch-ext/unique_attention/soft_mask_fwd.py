@@ -15,11 +15,23 @@ RUNTIME = [*LENGTHS, "sink_pages", "recent_pages"]
 
 
 @triton.jit
+def log2_of_1_plus(e):
+    """log2(1 + e) of `e` in [0, 1] within 2e-7: a polynomial takes a third of the instructions of `tl.log2`."""
+    y = tl.fma(e, -0.009309018, 0.052058425)
+    y = tl.fma(e, y, -0.13752043)
+    y = tl.fma(e, y, 0.24186401)
+    y = tl.fma(e, y, -0.34730074)
+    y = tl.fma(e, y, 0.47868362)
+    y = tl.fma(e, y, -0.72116578)
+    return e * tl.fma(e, y, 1.4426899)
+
+
+@triton.jit
 def page_gate(score, theta, page, first_page, own_page, sink_pages, recent_pages, inv_temperature):
     """log2 g (-inf for pages the query does not see), and 1 - g where the gate is soft, else 0 (Eq. 6)."""
     soft = (page >= first_page + sink_pages) & (page <= own_page - recent_pages) & (theta > float("-inf"))
     x = tl.maximum((score - theta) * (inv_temperature * LOG2E), -1e30)
-    log_gate = tl.minimum(x, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(x)))
+    log_gate = tl.minimum(x, 0.0) - log2_of_1_plus(tl.exp2(-tl.abs(x)))
     # sigmoid(-x) = sigmoid(x) / exp(x)
     slack = tl.where(soft, tl.exp2(log_gate - x), 0.0)
     log_gate = tl.where(soft, log_gate, 0.0)

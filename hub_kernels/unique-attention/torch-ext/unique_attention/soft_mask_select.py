@@ -52,9 +52,9 @@ def _soft_mask_fwd_threshold_kernel(
     PAGE_SIZE: tl.constexpr, NUM_FEATURES: tl.constexpr, HAS_SCALAR: tl.constexpr, WITH_IDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of queries from the last, b * HK) writes theta (Eq. 6) and the two pages that set it."""
-    pid_t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    pid_bh = tl.program_id(1).to(tl.int64)
+    """Program (b * HK, block of queries from the last) writes theta (Eq. 6) and the two pages that set it."""
+    pid_bh = tl.program_id(0).to(tl.int64)
+    pid_t = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     offs_t = (pid_t * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
     starts = start_ptr + (pid_bh // HK) * stride_start_b
@@ -161,38 +161,53 @@ def _shrink(
     c5 = low + width * tl.where(even, 0.625, _inside(aim + step, aim))
     c6 = low + width * tl.where(even, 0.75, _inside(aim + 3.0 * step, aim))
     c7 = low + width * tl.where(even, 0.875, _inside(aim + 8.0 * step, aim))
-    # two 16-bit counts per word; one position sees at most N / BLOCK_N pages
-    n12 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n34 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n56 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
-    n7 = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    # counted is what lies below a cut: adding the sign of a difference takes two instructions, a comparison three
+    zero = tl.zeros([BLOCK_T, BLOCK_N], tl.int32)
+    n1, n2, n3, n4, n5, n6, n7 = zero, zero, zero, zero, zero, zero, zero
     offs_n = tl.arange(0, BLOCK_N)
     for n in range(first, last, BLOCK_N):
         score, free = candidate_scores(
             fq, fp_ptr, fs_ptr, nq, n + offs_n, low_page, high_page, N, NUM_FEATURES, HAS_SCALAR, PRECISION
         )
         score = tl.where(free, score, float("-inf"))
-        n12 += (score >= c1[:, None]).to(tl.int32) + tl.where(score >= c2[:, None], 65536, 0)
-        n34 += (score >= c3[:, None]).to(tl.int32) + tl.where(score >= c4[:, None], 65536, 0)
-        n56 += (score >= c5[:, None]).to(tl.int32) + tl.where(score >= c6[:, None], 65536, 0)
-        n7 += (score >= c7[:, None]).to(tl.int32)
+        n1 += _is_below(score, c1)
+        n2 += _is_below(score, c2)
+        n3 += _is_below(score, c3)
+        n4 += _is_below(score, c4)
+        n5 += _is_below(score, c5)
+        n6 += _is_below(score, c6)
+        n7 += _is_below(score, c7)
+    visited = (last - first + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    n1 = visited - tl.sum(n1, axis=1)
+    n2 = visited - tl.sum(n2, axis=1)
+    n3 = visited - tl.sum(n3, axis=1)
+    n4 = visited - tl.sum(n4, axis=1)
+    n5 = visited - tl.sum(n5, axis=1)
+    n6 = visited - tl.sum(n6, axis=1)
+    n7 = visited - tl.sum(n7, axis=1)
     new_low, new_high, new_count_low, new_count_high = low, high, count_low, count_high
     # the highest cut with more than K' scores above it is the new low, the lowest with at most K' the new high
-    new_low, new_count_low = _raise(new_low, new_count_low, c1, tl.sum(n12 & 0xFFFF, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c2, tl.sum(n12 >> 16, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c3, tl.sum(n34 & 0xFFFF, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c4, tl.sum(n34 >> 16, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c5, tl.sum(n56 & 0xFFFF, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c6, tl.sum(n56 >> 16, axis=1), num_free)
-    new_low, new_count_low = _raise(new_low, new_count_low, c7, tl.sum(n7, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c7, tl.sum(n7, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c6, tl.sum(n56 >> 16, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c5, tl.sum(n56 & 0xFFFF, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c4, tl.sum(n34 >> 16, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c3, tl.sum(n34 & 0xFFFF, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c2, tl.sum(n12 >> 16, axis=1), num_free)
-    new_high, new_count_high = _lower(new_high, new_count_high, c1, tl.sum(n12 & 0xFFFF, axis=1), num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c1, n1, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c2, n2, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c3, n3, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c4, n4, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c5, n5, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c6, n6, num_free)
+    new_low, new_count_low = _raise(new_low, new_count_low, c7, n7, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c7, n7, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c6, n6, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c5, n5, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c4, n4, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c3, n3, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c2, n2, num_free)
+    new_high, new_count_high = _lower(new_high, new_count_high, c1, n1, num_free)
     return new_low, new_high, new_count_low, new_count_high
+
+
+@triton.jit
+def _is_below(score, cut):
+    """1 where a score is below the cut of its row: the sign of their difference, which is exact."""
+    return ((score - cut[:, None]).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
 
 
 @triton.jit
@@ -364,7 +379,7 @@ def select_tiles(
     pages |= {"NUM_FEATURES": F, "WITH_IDS": threshold_grad}
     forced = (meta["sink_pages"], meta["recent_pages"])
     starts = layout.start.stride()
-    _soft_mask_fwd_threshold_kernel[(triton.cdiv(T, select["threshold"]["BLOCK_T"]), B * HK)](
+    _soft_mask_fwd_threshold_kernel[(B * HK, triton.cdiv(T, select["threshold"]["BLOCK_T"]))](
         fq, nq, fp, fs, layout.start, theta, above, below, *starts, T, N, HK, select["num_free"], *forced,
         **pages, **select["threshold"],
     )  # fmt: skip
