@@ -1,6 +1,7 @@
 """Super-pages first, then the pages of the best ones: the decode step against its parts, however it is launched."""
 
 import importlib
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -142,3 +143,26 @@ def test_settings_and_statistics_must_agree(impl):
             ops.unique_decode(*(t[n] for n in "qkv"), stats, super_stats=stats, **(call | {"config": many}))
         with pytest.raises(ValueError, match="too few"):
             ops.unique_decode(*(t[n] for n in "qkv"), stats, super_stats=few, **call)
+
+
+def test_scratch_of_the_selection_outlives_the_allocations_after_it(monkeypatch):
+    # rows in step do not wait for the launch before as a whole, so its memory must not be given out again
+    module = importlib.import_module("unique_attention.unique_decode")
+    scratch, select, choose = [], module.launch_select, module.choose_listed
+
+    def watched(*args, **kwargs):
+        scratch.extend(map(weakref.ref, args[:3]))
+        return select(*args, **kwargs)
+
+    def after(*args, **kwargs):
+        assert len(scratch) == 3 and all(ref() is not None for ref in scratch)
+        return choose(*args, **kwargs)
+
+    monkeypatch.setattr(module, "launch_select", watched)
+    monkeypatch.setattr(module, "choose_listed", after)
+    t = BASE.tensors()
+    config = settings(BASE, 4, BASE.P * 4 * 8)
+    stats, supers = (statistics(BASE, t, size, t["seq_lens"]) for size in (BASE.P, config.super_page_size))
+    rows = {name: t[name] for name in LENGTHS}
+    ops.unique_decode(*(t[n] for n in "qkv"), stats, config=config, super_stats=supers, impl="triton", **rows)
+    assert scratch

@@ -116,7 +116,8 @@ def row_length(len_ptr, stride_len, b, capacity, HAS_LENS: tl.constexpr):
     """Slots in use of row `b` as given, which may be more than there are."""
     length = capacity
     if HAS_LENS:
-        length = tl.load(len_ptr + b * stride_len).to(tl.int32)
+        # past the first cache: read before a dependent launch waits for anything
+        length = tl.load(len_ptr + b * stride_len, cache_modifier=".cg").to(tl.int32)
     return length
 
 
@@ -131,7 +132,7 @@ def row_start(start_ptr, stride_start, b, HAS_STARTS: tl.constexpr):
     """First valid slot of row `b`."""
     start = 0
     if HAS_STARTS:
-        start = tl.load(start_ptr + b * stride_start).to(tl.int32)
+        start = tl.load(start_ptr + b * stride_start, cache_modifier=".cg").to(tl.int32)
     return start
 
 

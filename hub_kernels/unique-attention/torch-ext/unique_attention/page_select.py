@@ -343,17 +343,16 @@ def write_peaks(scores, peaks, plan, *, page_size, sink_pages, recent_pages, seq
 
 
 def launch_select(
-    scores, peaks, page_ids, plan, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts, capacity=None,
+    scores, peaks, groups, page_ids, plan, *, page_size, sink_pages, recent_pages, seq_lens, seq_starts, capacity=None,
     ratio=1, dense_pages=0, programs=None, counters=None, pdl=False,
 ):  # fmt: skip
-    """Fills `page_ids [B, HK, K]` from `scores [B, HK, N]` and their `peaks`.
+    """Fills `page_ids [B, HK, K]` from `scores [B, HK, N]` and their `peaks`; `groups` is scratch.
 
     With `counters` the launches before and after are in step row by row: `programs` of the one before score a row,
     unless they are done by then (`None`).
     """
     batch, num_kv_heads, num_pages = scores.shape
     num_kept = page_ids.shape[-1]
-    groups = torch.empty((batch, num_kv_heads, plan.groups), dtype=torch.int32, device=scores.device)
     _page_select_fwd_kernel[(num_kv_heads, batch)](
         scores, peaks, page_ids, groups, counters, seq_lens, seq_starts,
         *scores.stride()[:2], *peaks.stride()[:2], *page_ids.stride()[:2],
@@ -387,5 +386,6 @@ def select_pages(scores, page_ids, *, page_size, sink_pages, recent_pages, seq_l
                "seq_lens": seq_lens, "seq_starts": seq_starts}  # fmt: skip
     if plan.group_size > 1:
         write_peaks(scores, peaks, plan, **lengths)
-    launch_select(scores, peaks, page_ids, plan, **lengths)
+    groups = torch.empty((batch, num_kv_heads, plan.groups), dtype=torch.int32, device=scores.device)
+    launch_select(scores, peaks, groups, page_ids, plan, **lengths)
     return page_ids

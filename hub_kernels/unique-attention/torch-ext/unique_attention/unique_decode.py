@@ -80,12 +80,15 @@ def _choose(step: Step, q, stats, super_stats, page_ids, appending):
     selection = plan_selection(num_scored, level.num_kept - level.sink_pages - level.recent_pages)
     scores = padded((batch, num_kv_heads), num_scored, device)
     peaks = padded((batch, num_kv_heads), selection.peaks(num_scored), device)
+    # torch gives freed memory out again in the order of the stream, which rows in step do not keep: all scratch of a
+    # launch must live until the last allocation of the chain
+    groups = torch.empty((batch, num_kv_heads, selection.groups), dtype=torch.int32, device=device)
     kept = page_ids
     if ratio > 1:
         kept = torch.empty((batch, num_kv_heads, level.num_kept), dtype=torch.int32, device=device)
     programs = _first_scores(step, q, stats, scored, scores, peaks, scoring, selection, appending)
     launch_select(
-        scores, peaks, kept, selection, page_size=level.page_size, sink_pages=level.sink_pages,
+        scores, peaks, groups, kept, selection, page_size=level.page_size, sink_pages=level.sink_pages,
         recent_pages=level.recent_pages, **step.lengths, capacity=step.capacity, ratio=ratio,
         dense_pages=step.dense_pages, programs=programs, counters=step.counters,
         pdl=step.pdl and programs is not None,
@@ -139,8 +142,8 @@ def unique_decode(
     step = Step(
         config, {"seq_lens": seq_lens, "seq_starts": seq_starts},
         {"score_weight": score_weight, "softmax_scale": softmax_scale}, page_table,
-        capacity_of(k, page_table, page_size), dense_pages, counters if target.chains else None,
-        target.dependent_launch,
+        min(capacity_of(k, page_table, page_size), num_pages * page_size), dense_pages,
+        counters if target.chains else None, target.dependent_launch,
     )  # fmt: skip
     attending = {"capacity": step.capacity, "softmax_scale": softmax_scale, "softcap": softcap, "pdl": step.pdl}
     if num_pages <= dense_pages:
