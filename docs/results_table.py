@@ -61,28 +61,32 @@ def super_pages(row: dict) -> tuple[int, int] | None:
 
 
 def generate_table() -> list[str]:
-    """One row per model, batch and context that the newest revision measured, each setting in a column of its own."""
-    results = load("generate_h200.json")
-    revision = results["environment"]["revision"]
-    measured = [row for row in results["rows"] if row["revision"] == revision and "ms" in row]
+    """One row per model, batch and context, each setting in a column of its own."""
+    measured = [row for row in load("generate_h200.json")["rows"] if "ms" in row and "settings" in row]
     cases = dict.fromkeys((row["model"], row["batch"], row["context"]) for row in measured)
-    forms = {row["settings"]: (row["page_size"], row["stats_dtype"], row["budget"]) for row in measured}
-    said = "; ".join(f"{name}: pages of {p}, {stored}, budget {n:,}" for name, (p, stored, n) in forms.items())
+    forms = {row["settings"]: row for row in measured}
+    said = "; ".join(
+        f"{name}: pages of {row['page_size']}, {row['stats_dtype']}, budget {row['budget']:,}"
+        + (", in the best super-pages of {}, {:,} tokens".format(*super_pages(row)) if super_pages(row) else "")
+        for name, row in forms.items()
+    )
     lines = [
-        f"`generate` end to end, ms/token (random weights of Qwen3 shape, bf16, greedy; {said}; in brackets the graph "
-        "alone, without the Python loop; SDPA captured the same way in the same run; the vLLM figure is a stored one "
-        f"of the same GPU type, not of this run; revision {revision[:7]}):",
+        f"`generate` end to end, ms/token (random weights of Qwen3 shape, bf16, greedy; {said}; SDPA captured in the "
+        "same run, with fused launches (*) or without; the vLLM figure is a stored one of the same GPU type, not of "
+        "this run):",
         "",
-        f"| model | batch x context | {' | '.join(forms)} | SDPA | vLLM 0.24 dense (stored) |",
-        f"|---|---|{'---|' * len(forms)}---|---|",
+        f"| model | batch x context | {' | '.join(forms)} | SDPA | vLLM 0.24 dense (stored) | revision |",
+        f"|---|---|{'---|' * len(forms)}---|---|---|",
     ]
     for model, batch, context in cases:
         case = (model, batch, context)
         rows = {r["settings"]: r for r in measured if (r["model"], r["batch"], r["context"]) == case}
-        cells = [f"{row['ms']:.2f} ({row['replay_ms']:.2f})" if (row := rows.get(name)) else "-" for name in forms]
+        cells = [f"{row['ms']:.2f}" if (row := rows.get(name)) else "-" for name in forms]
         first = next(iter(rows.values()))
-        dense = [first.get("dense_ms"), first["vllm_dense_ms_stored"]]
-        cells += ["-" if ms is None else f"{ms:.1f}" for ms in dense]
+        dense = "-" if first.get("dense_ms") is None else f"{first['dense_ms']:.1f}"
+        cells.append(dense + ("*" if first.get("dense_fused_launches") else ""))
+        stored = first["vllm_dense_ms_stored"]
+        cells += ["-" if stored is None else f"{stored:.1f}", first["revision"][:7]]
         lines.append(f"| {model} | {batch} x {context:,} | {' | '.join(cells)} |")
     return lines
 

@@ -166,3 +166,25 @@ def test_scratch_of_the_selection_outlives_the_allocations_after_it(monkeypatch)
     rows = {name: t[name] for name in LENGTHS}
     ops.unique_decode(*(t[n] for n in "qkv"), stats, config=config, super_stats=supers, impl="triton", **rows)
     assert scratch
+
+
+@pytest.mark.parametrize("ratio", [None, 4])
+def test_rows_in_step_give_what_launch_after_launch_gives(ratio, monkeypatch):
+    target = importlib.import_module("unique_attention._common").Target
+    case = replace(BASE, B=20)
+    t = case.tensors()
+    config = case.config if ratio is None else settings(case, ratio, case.P * 4 * 8)
+    levels = (case.P,) if ratio is None else (case.P, config.super_page_size)
+    rows = {name: t[name] for name in LENGTHS}
+    counters = torch.zeros(case.B * case.HK * ops.ROW_COUNTERS, dtype=torch.int32, device=DEVICE)
+    new = tuple(torch.randn(case.B, case.HK, 1, d, device=DEVICE).to(case.dtype) for d in (case.D, case.DV))
+    found = []
+    for in_step in (False, True):
+        monkeypatch.setattr(target, "chains", lambda self, rows, in_step=in_step: in_step)
+        stats = [statistics(case, t, size, t["seq_lens"] - 1) for size in levels]
+        call = {"config": config, "super_stats": stats[1] if ratio else None, "counters": counters, "impl": "triton"}
+        found.append(
+            ops.unique_decode(*(t[n] for n in "qkv"), stats[0], new=new, **call, **rows, return_page_ids=True)
+        )
+        assert not counters.any()
+    assert all(torch.equal(a, b) for a, b in zip(*found))

@@ -195,8 +195,6 @@ def _page_vote_fwd_kernel(
 SCORE_LAUNCH = {
     "fp32": (32, 4, 1, 1), "bf16": (32, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (64, 1, 4, 3), "int4": (64, 1, 8, 1),
 }  # fmt: skip
-# int4 again, where less than two waves of those programs would be left
-MEDIUM_LAUNCH = (64, 2, 4, 1)
 # the same where programs are few
 FEW_LAUNCH = {"fp32": (32, 4, 1, 1), "bf16": (32, 4, 1, 1)}
 # codes that are unpacked to float32, for want of dp4a or of whole groups: more threads, or the vectors spill
@@ -236,7 +234,8 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     unpacked = stats_dtype in ("int8", "int4") and (squared or not constants["DP4A"])
     block_n, num_warps, blocks, stages = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
     if stats_dtype == "int4" and not unpacked and rows * num_pages <= 10_000 * target.num_sms:
-        block_n, num_warps, blocks, stages = MEDIUM_LAUNCH
+        # less than two waves of those programs would be left
+        blocks, num_warps = min(blocks, 4), 1 if rows >= 2 * target.num_sms else 2
     few = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
     # the query is prepared once per program: several blocks each, where programs are many
     if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:

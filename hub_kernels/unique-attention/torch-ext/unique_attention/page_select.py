@@ -271,6 +271,8 @@ def _page_select_fwd_kernel(
     `K`. `AWAIT`: `programs` programs score a row first; `SIGNAL`: others wait for the ids.
     """
     if PDL:
+        if not AWAIT:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     pid_h = tl.program_id(0).to(tl.int64)
     pid_b = tl.program_id(1).to(tl.int64)
@@ -295,6 +297,9 @@ def _page_select_fwd_kernel(
         )  # fmt: skip
     if SIGNAL:
         signal_row(counter_ptr + row * COUNTERS + (LISTED if RATIO > 1 else CHOSEN))
+    if PDL and AWAIT:
+        # launches end in their order
+        tl.extra.cuda.gdc_wait()
 
 
 class SelectPlan(NamedTuple):

@@ -44,6 +44,8 @@ def _listed_score_fwd_kernel(
     Writes `[B, HK, KS * RATIO]`; `-inf` for forced pages and for those outside the row.
     """
     if PDL:
+        if not CHAINED:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
@@ -76,6 +78,8 @@ def _listed_score_fwd_kernel(
         tl.store(out_ptr + row * (KS * RATIO) + offs, scores, mask=offs < KS * RATIO)
     if CHAINED:
         signal_row(counter_ptr + row * COUNTERS + RESCORED)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["capacity", "dense_pages", "programs"])
@@ -91,6 +95,8 @@ def _listed_select_fwd_kernel(
     Their scores come in that order. A row of at most `dense_pages` pages is dense.
     """
     if PDL:
+        if not CHAINED:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     pid_b = tl.program_id(1).to(tl.int64)
     row = pid_b * tl.num_programs(0) + tl.program_id(0)
@@ -118,6 +124,8 @@ def _listed_select_fwd_kernel(
         store_best(keys, pages, row_ids + SINK, K - SINK - RECENT, TILE)
     if CHAINED:
         signal_row(row_counters + CHOSEN)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
 
 
 def check_listed(num_supers: int, ratio: int):

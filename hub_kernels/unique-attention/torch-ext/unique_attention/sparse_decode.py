@@ -198,6 +198,9 @@ def _sparse_decode_fwd_kernel(
         acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
         split, DV, BDV, G, GP, GM, SPLITS, HAS_SINKS, AWAIT,
     )  # fmt: skip
+    if PDL and AWAIT:
+        # launches end in their order, so that who waits for this one waits for all
+        tl.extra.cuda.gdc_wait()
 
 
 class Launch(NamedTuple):

@@ -91,7 +91,7 @@ def _choose(step: Step, q, stats, super_stats, page_ids, appending):
         scores, peaks, groups, kept, selection, page_size=level.page_size, sink_pages=level.sink_pages,
         recent_pages=level.recent_pages, **step.lengths, capacity=step.capacity, ratio=ratio,
         dense_pages=step.dense_pages, programs=programs, counters=step.counters,
-        pdl=step.pdl and programs is not None,
+        pdl=step.pdl,
     )  # fmt: skip
     if ratio > 1:
         choose_listed(
@@ -143,7 +143,7 @@ def unique_decode(
         config, {"seq_lens": seq_lens, "seq_starts": seq_starts},
         {"score_weight": score_weight, "softmax_scale": softmax_scale}, page_table,
         min(capacity_of(k, page_table, page_size), num_pages * page_size), dense_pages,
-        counters if target.chains else None, target.dependent_launch,
+        counters if target.chains(rows) else None, target.dependent_launch,
     )  # fmt: skip
     attending = {"capacity": step.capacity, "softmax_scale": softmax_scale, "softcap": softcap, "pdl": step.pdl}
     if num_pages <= dense_pages:
