@@ -93,7 +93,9 @@ def ask(
     Raises:
         ValueError: No question, an empty one, or not equally many for every context.
     """
-    sizes, contexts = [len(question) for question in questions], cache.layers[0].keys.shape[0]
+    # a layer that holds keys, whatever its class
+    layer: Any = cache.layers[0]
+    sizes, contexts = [len(question) for question in questions], layer.keys.shape[0]
     if not sizes or min(sizes) < 1:
         raise ValueError(
             f"expected questions of at least one token each, got {sizes} tokens: leave out empty questions"

@@ -285,13 +285,15 @@ def unique_decode(
     check_query(q, k, k.shape[0] if page_table is None else page_table.shape[0])
     check_dims(k, v, *(new or ()))
     check_triton_dims(k, v)
-    for level in (stats, super_stats)[: 1 + (upper is not None)]:
+    for level in (stats,) if super_stats is None else (stats, super_stats):
         check_stats(level, score=score, stats_dtype=config.stats_dtype, head_dim=k.shape[-1], num_kv_heads=k.shape[1])
-    if upper is not None and super_stats.spread.shape[2] * upper.page_size < stats.spread.shape[2] * config.page_size:
-        raise ValueError(
-            f"`super_stats` has {super_stats.spread.shape[2]} super-pages of {upper.page_size} tokens, too few for "
-            f"{stats.spread.shape[2]} pages of {config.page_size}."
-        )
+    if upper is not None and super_stats is not None:
+        pages, supers = stats.spread.shape[2], super_stats.spread.shape[2]
+        if supers * upper.page_size < pages * config.page_size:
+            raise ValueError(
+                f"`super_stats` has {supers} super-pages of {upper.page_size} tokens, too few for {pages} pages of "
+                f"{config.page_size}."
+            )
     if new is not None:
         check_new(k, new[0], "keys")
         check_new(v, new[1], "values")
@@ -322,7 +324,8 @@ def _append_reference(k, v, stats, super_stats, new, config, seq_lens, seq_start
     """Writes a token and refreshes its page and, where there are any, its super-page."""
     lengths = {"seq_starts": seq_starts, "token_mask": token_mask, "page_table": page_table}
     naming = {"score": config.score, "stats_dtype": config.stats_dtype}
-    reference.append_tokens(k, v, stats, *new, seq_lens, page_size=config.page_size, **naming, **lengths)
+    k_new, v_new = new
+    reference.append_tokens(k, v, stats, k_new, v_new, seq_lens, page_size=config.page_size, **naming, **lengths)
     if super_stats is not None:
         reference.page_stats(
             k, page_size=config.super_page_size, **naming, **lengths, seq_lens=seq_lens, num_new=1, out=super_stats
