@@ -65,7 +65,7 @@ class _Decode:
         self.stats = self.kernel.page_stats(self.k, **self.how)
         # the step itself has to bring the last token
         self.k[:, :, -1:], self.v[:, :, -1:] = 0, 0
-        self.counters = torch.zeros(B * HK * 8, device=self.device, dtype=torch.int32)
+        self.counters = torch.zeros(B * HK * self.kernel.ops.ROW_COUNTERS, device=self.device, dtype=torch.int32)
 
     def benchmark_unique(self):
         self.out, self.page_ids = self.kernel.unique_decode(

@@ -1,5 +1,4 @@
-"""Page scores (Eq. 2) and the vote of a query group (Eq. 3). May import torch, triton
-and the other kernels.
+"""Page scores (Eq. 2) and the vote of a query group (Eq. 3). May import torch, triton and the other kernels.
 
 The vote "mean" is linear for every score but "diagonal", so a group needs a single averaged query.
 """

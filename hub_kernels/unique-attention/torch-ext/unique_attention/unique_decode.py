@@ -1,8 +1,8 @@
 """One decode step: append and score (Eq. 1 to 3), select (Eq. 4), attend (Eq. 5), each in a launch of its own.
 
-Where the device allows it, a launch starts while the one before it runs, and a row goes on as soon as that row is
-ready, whatever the others do. With super-pages, two more launches score the pages of the best ones and select among
-them. Where no row can have more pages than it attends to there is one launch only.
+Where the device allows it, a launch starts while the one before it runs, and, where rows are few, a row goes on as
+soon as it is ready, whatever the others do. With super-pages, two more launches score the pages of the best ones and
+select among them. Where no row can have more pages than it attends to there is one launch only.
 
 May import torch, triton and the other kernels.
 """
@@ -90,8 +90,7 @@ def _choose(step: Step, q, stats, super_stats, page_ids, appending):
     launch_select(
         scores, peaks, groups, kept, selection, page_size=level.page_size, sink_pages=level.sink_pages,
         recent_pages=level.recent_pages, **step.lengths, capacity=step.capacity, ratio=ratio,
-        dense_pages=step.dense_pages, programs=programs, counters=step.counters,
-        pdl=step.pdl,
+        dense_pages=step.dense_pages, programs=programs, counters=step.counters, pdl=step.pdl,
     )  # fmt: skip
     if ratio > 1:
         choose_listed(
