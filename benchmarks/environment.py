@@ -63,6 +63,8 @@ def time_us(calls: list, repeats: int = 15, target_ms: float = 4.0) -> tuple[flo
             samples.append((time.perf_counter() - start) / len(calls) * 1e6)
         return sorted(samples)[1], max(samples) - min(samples)
     stream = torch.cuda.Stream()
+    # what fills the inputs, counters above all, may still be on its way
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             for call in calls:
