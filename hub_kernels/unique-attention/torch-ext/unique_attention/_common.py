@@ -49,13 +49,10 @@ class Target(NamedTuple):
         """Whether a kernel may start while its predecessor drains."""
         return self.backend == "cuda" and self.arch >= 90
 
-    def chains(self, rows: int) -> bool:
-        """Whether a row may go on to the next launch while other rows are still in this one.
-
-        Where rows are many, launches wait for each other as wholes: a first benchmark of 640 rows in step never ended,
-        and has not been explained.
-        """
-        return rows <= self.num_sms and (self.dependent_launch or self.backend == "interpreter")
+    @property
+    def in_step(self) -> bool:
+        """Whether a row may go on to the next launch while other rows are still in this one."""
+        return self.dependent_launch or self.backend == "interpreter"
 
 
 @cache
@@ -112,6 +109,13 @@ def await_row(counter_ptr, programs):
     while counted < programs:
         counted = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
+
+
+@triton.jit
+def end_in_order():
+    """Ends no sooner than the launch before, so that who waits for this one waits for all; one program is enough."""
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

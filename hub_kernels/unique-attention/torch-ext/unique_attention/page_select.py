@@ -21,6 +21,7 @@ from ._common import (
     LISTED,
     SCORED,
     await_row,
+    end_in_order,
     row_end,
     row_start,
     signal_row,
@@ -298,8 +299,7 @@ def _page_select_fwd_kernel(
     if SIGNAL:
         signal_row(counter_ptr + row * COUNTERS + (LISTED if RATIO > 1 else CHOSEN))
     if PDL and AWAIT:
-        # launches end in their order
-        tl.extra.cuda.gdc_wait()
+        end_in_order()
 
 
 class SelectPlan(NamedTuple):

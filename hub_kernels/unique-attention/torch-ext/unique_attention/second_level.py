@@ -3,7 +3,6 @@
 May import torch, triton and the other kernels.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -14,6 +13,7 @@ from ._common import (
     LISTED,
     RESCORED,
     await_row,
+    end_in_order,
     row_end,
     row_start,
     signal_row,
@@ -79,7 +79,7 @@ def _listed_score_fwd_kernel(
     if CHAINED:
         signal_row(counter_ptr + row * COUNTERS + RESCORED)
         if PDL:
-            tl.extra.cuda.gdc_wait()
+            end_in_order()
 
 
 @triton.jit(do_not_specialize=["capacity", "dense_pages", "programs"])
@@ -125,7 +125,7 @@ def _listed_select_fwd_kernel(
     if CHAINED:
         signal_row(row_counters + CHOSEN)
         if PDL:
-            tl.extra.cuda.gdc_wait()
+            end_in_order()
 
 
 def check_listed(num_supers: int, ratio: int):
@@ -139,15 +139,15 @@ def check_listed(num_supers: int, ratio: int):
 
 def choose_listed(
     q, stats, supers, page_ids, scoring: Scoring, *, page_size, ratio, score_weight, stats_dtype, softmax_scale,
-    seq_lens, seq_starts, capacity, dense_pages, forced, counters=None, pdl=False,
+    seq_lens, seq_starts, capacity, dense_pages, forced, scores, counters=None, pdl=False,
 ):  # fmt: skip
-    """Fills `page_ids [B, HK, K]` with the best pages of super-pages `supers [B * HK, KS]`; -1 is none.
+    """Fills `page_ids [B, HK, K]` with the best pages of super-pages `supers [B, HK, KS]`; -1 is none.
 
-    `forced` are the sink and recent pages. With `counters` the launches before and after are in step row by row.
+    `forced` are the sink and recent pages, `scores [B, HK, KS * ratio]` is scratch. With `counters` the launches
+    before and after are in step row by row.
     """
     batch, num_kv_heads, num_pages = stats.codes.shape[:3]
     num_kept, num_supers = page_ids.shape[-1], supers.shape[-1]
-    scores = torch.empty((supers.shape[0], num_supers * ratio), dtype=torch.float32, device=q.device)
     tensors, strides = stats_arguments(stats, stats_dtype, False)
     block_n, num_warps = scoring.few
     programs = triton.cdiv(num_supers * ratio, block_n)
@@ -166,5 +166,5 @@ def choose_listed(
     _listed_select_fwd_kernel[(num_kv_heads, batch)](
         scores, supers, page_ids, counters, seq_lens, seq_starts, *row_strides, capacity, dense_pages, programs,
         K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), TILE=triton.next_power_of_2(num_supers) * ratio,
-        num_warps=search_warps(supers.shape[0], target_of(q.device)), **shared,
+        num_warps=search_warps(batch * num_kv_heads, target_of(q.device)), **shared,
     )  # fmt: skip

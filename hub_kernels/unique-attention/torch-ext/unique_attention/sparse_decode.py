@@ -15,6 +15,7 @@ from ._common import (
     CHOSEN,
     COUNTERS,
     await_row,
+    end_in_order,
     physical_page,
     row_length,
     row_start,
@@ -199,8 +200,7 @@ def _sparse_decode_fwd_kernel(
         split, DV, BDV, G, GP, GM, SPLITS, HAS_SINKS, AWAIT,
     )  # fmt: skip
     if PDL and AWAIT:
-        # launches end in their order, so that who waits for this one waits for all
-        tl.extra.cuda.gdc_wait()
+        end_in_order()
 
 
 class Launch(NamedTuple):

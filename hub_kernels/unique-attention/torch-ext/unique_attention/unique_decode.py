@@ -42,16 +42,64 @@ class Step(NamedTuple):
     pdl: bool
 
 
-def _first_scores(step: Step, q, stats, scored, scores, peaks, scoring: Scoring, selection: SelectPlan, appending):
-    """Append, and scores of the first level. Returns how many programs score a row, `None` if they will be done."""
+class Scratch(NamedTuple):
+    """What a selection writes on the way.
+
+    Torch gives freed memory out again in the order of the stream, which rows in step do not keep: it must all live
+    until the last allocation of the step.
+    """
+
+    scores: torch.Tensor
+    peaks: torch.Tensor
+    groups: torch.Tensor
+    # of the second level: super-pages kept, scores of their pages
+    supers: torch.Tensor | None
+    listed: torch.Tensor | None
+
+
+class Selecting(NamedTuple):
+    """How the pages of a step are chosen: sizes and scratch."""
+
+    scoring: Scoring
+    plan: SelectPlan
+    scratch: Scratch
+    ratio: int
+
+
+def _plan_pages(q, stats, super_stats, page_ids, page_table, config) -> Selecting:
+    """Sizes and scratch of a selection."""
+    level, scored = (config, stats) if config.upper is None else (config.upper, super_stats)
+    shape, ratio, device = page_ids.shape[:2], level.page_size // config.page_size, q.device
+    num_scored = scored.codes.shape[2] if page_table is None else page_table.shape[1]
+    scoring = plan_scoring(
+        q, scored, num_scored, score=config.score, group_reduce=config.group_reduce, stats_dtype=config.stats_dtype
+    )
+    if ratio > 1 and scoring.blocks == 1:
+        # the program that appends reads a whole super-page
+        scoring = scoring._replace(num_warps=max(2, scoring.num_warps))
+    plan = plan_selection(num_scored, level.num_kept - level.sink_pages - level.recent_pages)
+    supers = listed = None
+    if ratio > 1:
+        supers = torch.empty((*shape, level.num_kept), dtype=torch.int32, device=device)
+        listed = torch.empty((*shape, level.num_kept * ratio), dtype=torch.float32, device=device)
+    scratch = Scratch(
+        padded(shape, num_scored, device), padded(shape, plan.peaks(num_scored), device),
+        torch.empty((*shape, plan.groups), dtype=torch.int32, device=device), supers, listed,
+    )  # fmt: skip
+    return Selecting(scoring, plan, scratch, ratio)
+
+
+def _first_scores(step: Step, pages: Selecting, q, stats, scored, appending):
+    """Append, and scores of the first level. Returns how many programs a row waits for, `None` if all are done."""
     config, level = step.config, step.config.upper or step.config
+    scores, peaks = pages.scratch[:2]
     naming = {"stats_dtype": config.stats_dtype, "page_size": level.page_size, "page_table": step.page_table}
     forced = {"sink_pages": level.sink_pages, "recent_pages": level.recent_pages}
-    if not scoring.per_head:
+    if not pages.scoring.per_head:
         programs = launch_scores(
-            q, scored, scores, peaks, scoring, **naming, **step.lengths, **step.scaling, capacity=step.capacity,
-            ratio=level.page_size // config.page_size, dense_pages=step.dense_pages, forced=tuple(forced.values()),
-            group_size=selection.group_size, appending=None if appending.new is None else appending,
+            q, scored, scores, peaks, pages.scoring, **naming, **step.lengths, **step.scaling, capacity=step.capacity,
+            ratio=pages.ratio, dense_pages=step.dense_pages, forced=tuple(forced.values()),
+            group_size=pages.plan.group_size, appending=None if appending.new is None else appending,
             counters=step.counters, pdl=step.pdl,
         )  # fmt: skip
         return programs if step.counters is not None else None
@@ -60,46 +108,30 @@ def _first_scores(step: Step, q, stats, scored, scores, peaks, scoring: Scoring,
         k, v, new, _, token_mask = appending
         append_tokens(k, v, stats, *new, **step.lengths, **naming, token_mask=token_mask)
     page_scores(q, stats, scores, group_reduce=config.group_reduce, **naming, **step.lengths, **step.scaling)
-    if selection.group_size > 1:
-        write_peaks(scores, peaks, selection, page_size=level.page_size, **forced, **step.lengths)
+    if pages.plan.group_size > 1:
+        write_peaks(scores, peaks, pages.plan, page_size=level.page_size, **forced, **step.lengths)
     return None
 
 
-def _choose(step: Step, q, stats, super_stats, page_ids, appending):
-    """Fills `page_ids [B, HK, K]`: all launches before the attention. Returns whether the first one is in step too."""
-    config, device = step.config, q.device
-    level, scored = (config, stats) if config.upper is None else (config.upper, super_stats)
-    batch, num_kv_heads = page_ids.shape[:2]
-    rows, ratio = batch * num_kv_heads, level.page_size // config.page_size
-    num_scored = scored.codes.shape[2] if step.page_table is None else step.page_table.shape[1]
-    naming = {"score": config.score, "stats_dtype": config.stats_dtype}
-    scoring = plan_scoring(q, scored, num_scored, group_reduce=config.group_reduce, **naming)
-    if ratio > 1 and scoring.blocks == 1:
-        # the program that appends reads a whole super-page
-        scoring = scoring._replace(num_warps=max(2, scoring.num_warps))
-    selection = plan_selection(num_scored, level.num_kept - level.sink_pages - level.recent_pages)
-    scores = padded((batch, num_kv_heads), num_scored, device)
-    peaks = padded((batch, num_kv_heads), selection.peaks(num_scored), device)
-    # torch gives freed memory out again in the order of the stream, which rows in step do not keep: all scratch of a
-    # launch must live until the last allocation of the chain
-    groups = torch.empty((batch, num_kv_heads, selection.groups), dtype=torch.int32, device=device)
-    kept = page_ids
-    if ratio > 1:
-        kept = torch.empty((batch, num_kv_heads, level.num_kept), dtype=torch.int32, device=device)
-    programs = _first_scores(step, q, stats, scored, scores, peaks, scoring, selection, appending)
+def _choose(step: Step, pages: Selecting, q, stats, super_stats, page_ids, appending):
+    """Fills `page_ids [B, HK, K]`: all launches before the attention."""
+    config, level = step.config, step.config.upper or step.config
+    scores, peaks, groups, supers, listed = pages.scratch
+    shared = {
+        **step.lengths, "capacity": step.capacity, "ratio": pages.ratio, "dense_pages": step.dense_pages,
+        "counters": step.counters, "pdl": step.pdl,
+    }  # fmt: skip
+    scored = stats if supers is None else super_stats
+    programs = _first_scores(step, pages, q, stats, scored, appending)
     launch_select(
-        scores, peaks, groups, kept, selection, page_size=level.page_size, sink_pages=level.sink_pages,
-        recent_pages=level.recent_pages, **step.lengths, capacity=step.capacity, ratio=ratio,
-        dense_pages=step.dense_pages, programs=programs, counters=step.counters, pdl=step.pdl,
+        scores, peaks, groups, page_ids if supers is None else supers, pages.plan, page_size=level.page_size,
+        sink_pages=level.sink_pages, recent_pages=level.recent_pages, programs=programs, **shared,
     )  # fmt: skip
-    if ratio > 1:
+    if supers is not None:
         choose_listed(
-            q, stats, kept.view(rows, -1), page_ids, scoring, page_size=config.page_size, ratio=ratio,
-            stats_dtype=config.stats_dtype, **step.scaling, **step.lengths, capacity=step.capacity,
-            dense_pages=step.dense_pages, forced=(config.sink_pages, config.recent_pages), counters=step.counters,
-            pdl=step.pdl,
+            q, stats, supers, page_ids, pages.scoring, page_size=config.page_size, stats_dtype=config.stats_dtype,
+            **step.scaling, forced=(config.sink_pages, config.recent_pages), scores=listed, **shared,
         )  # fmt: skip
-    return programs is not None
 
 
 def _cached(q, k, stats, super_stats, new, config, paged: bool) -> Cached:
@@ -142,7 +174,7 @@ def unique_decode(
         config, {"seq_lens": seq_lens, "seq_starts": seq_starts},
         {"score_weight": score_weight, "softmax_scale": softmax_scale}, page_table,
         min(capacity_of(k, page_table, page_size), num_pages * page_size), dense_pages,
-        counters if target.chains(rows) else None, target.dependent_launch,
+        counters if target.in_step else None, target.dependent_launch,
     )  # fmt: skip
     attending = {"capacity": step.capacity, "softmax_scale": softmax_scale, "softcap": softcap, "pdl": step.pdl}
     if num_pages <= dense_pages:
@@ -150,8 +182,11 @@ def unique_decode(
         cached = _cached(q, k, stats, super_stats, new, config, page_table is not None)
         launch_attend(call, page_ids, launch, dense_pages=dense_pages, cached=cached, all_rows=True, **attending)
         return
+    pages = _plan_pages(q, stats, super_stats, page_ids, page_table, config)
+    appending = Appending(k, v, new, stats, token_mask)
+    in_step = step.counters is not None and not pages.scoring.per_head
     try:
-        in_step = _choose(step, q, stats, super_stats, page_ids, Appending(k, v, new, stats, token_mask))
+        _choose(step, pages, q, stats, super_stats, page_ids, appending)
         launch_attend(
             call, page_ids, launch, dense_pages=dense_pages, waits=step.counters is not None,
             appended=in_step and new is not None, **attending,
