@@ -86,9 +86,9 @@ def token_strides(tensor: torch.Tensor, paged: bool, page_size: int) -> tuple[in
 
 
 # what is counted per row, in words of one memory sector: programs that scored pages, super-pages listed, programs that
-# scored their pages, pages chosen, partial results, new token written
+# scored their pages, pages chosen, partial results
 COUNTERS = tl.constexpr(ROW_COUNTERS)
-SCORED, LISTED, RESCORED, CHOSEN, MERGED, APPENDED = (tl.constexpr(i) for i in range(6))
+SCORED, LISTED, RESCORED, CHOSEN, MERGED = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from ._common import (
-    APPENDED,
     COUNTERS,
     FORM,
     FP8,
@@ -22,11 +21,9 @@ from ._common import (
     signal_row,
     stride_of,
     target_of,
-    token_strides,
 )
 from ._page_dot import VOTE, VOTE_MAX, VOTE_MEAN, VOTE_SOFTMAX_MEAN, prepare_group, score_pages
 from .page_select import store_peaks
-from .page_stats import append_row
 
 
 @triton.jit
@@ -56,39 +53,31 @@ def score_blocks(
 
 
 @triton.jit(do_not_specialize=[
-    "num_pages", "num_peaks", "capacity", "dense_pages", "stride_mask", "stride_table"
+    "num_pages", "num_peaks", "capacity", "dense_pages", "stride_table"
 ])  # fmt: skip
 def _page_score_fwd_kernel(
-    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, counter_ptr, len_ptr, start_ptr, mask_ptr, table_ptr,
-    k_ptr, v_ptr, k_new_ptr, v_new_ptr, small_codes_ptr, small_scales_ptr, small_spread_ptr,
+    q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, peaks_ptr, counter_ptr, len_ptr, start_ptr, table_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_cb, stride_ch, stride_cp, stride_cv,
     stride_sb, stride_sh, stride_sp, stride_sv,
     stride_db, stride_dh, stride_dp,
     stride_ob, stride_oh, stride_og,
-    stride_len, stride_start, stride_mask, stride_table,
-    stride_kb, stride_kh, stride_kp, stride_kt,
-    stride_vb, stride_vh, stride_vp, stride_vt,
-    stride_nb, stride_nh, stride_wb, stride_wh,
-    stride_mcb, stride_mch, stride_mcp, stride_mcv,
-    stride_msb, stride_msh, stride_msp, stride_msv,
-    stride_mdb, stride_mdh, stride_mdp,
+    stride_len, stride_start, stride_table,
     num_pages, num_peaks, capacity, dense_pages, weight, scale,
-    P: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    P: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
-    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
-    SELECTING: tl.constexpr, APPEND: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_TABLE: tl.constexpr,
+    SELECTING: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
     SIGNAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 2 and 3. Program `(BLOCKS blocks of BLOCK_N pages, kv head, row)` scores its pages for the `G` heads.
 
     Writes `[B, HK, N]`, or `[B, HK, G, N]` before a vote that needs the best score of each head first. `SELECTING`
     leaves out what the selection of the next launch does not read: rows of at most `dense_pages` pages of `P / RATIO`
-    tokens are dense. It reads peaks too where groups have more than one page. `APPEND`: one more program per row
-    writes the new token and its statistics, which no selection reads before they are complete, for its page is forced.
+    tokens are dense. It reads peaks too where groups have more than one page.
     `SIGNAL`: every program is counted when it is done.
     """
     if PDL:
@@ -101,25 +90,9 @@ def _page_score_fwd_kernel(
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
     last_page = tl.cdiv(end, P)
     first_page = tl.minimum(start // P, last_page)
-    pid = tl.program_id(0)
-    if APPEND:
-        if pid == 0:
-            append_row(
-                k_ptr, v_ptr, k_new_ptr, v_new_ptr, small_codes_ptr, small_scales_ptr, small_spread_ptr,
-                codes_ptr, scales_ptr, spread_ptr, mask_ptr, table_ptr,
-                stride_kb, stride_kh, stride_kp, stride_kt, stride_vb, stride_vh, stride_vp, stride_vt,
-                stride_nb, stride_nh, stride_wb, stride_wh,
-                stride_mcb, stride_mch, stride_mcp, stride_mcv, stride_msb, stride_msh, stride_msp, stride_msv,
-                stride_mdb, stride_mdh, stride_mdp,
-                stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
-                stride_db, stride_dh, stride_dp,
-                stride_mask, stride_table, pid_b, pid_h, start, end, length,
-                P // RATIO, D, DV, C, BC, BDV, NG, RATIO, KIND, FORM, HAS_MASK, HAS_TABLE,
-            )  # fmt: skip
-        pid -= 1
-    begin = pid * (BLOCK_N * BLOCKS)
+    begin = tl.program_id(0) * (BLOCK_N * BLOCKS)
     row_out = out_ptr + pid_b * stride_ob + pid_h * stride_oh
-    wanted = (begin < last_page) & (begin >= 0)
+    wanted = begin < last_page
     if SELECTING:
         small: tl.constexpr = P // RATIO
         wanted = wanted & (begin + BLOCK_N * BLOCKS > first_page)
@@ -151,9 +124,7 @@ def _page_score_fwd_kernel(
             for g in tl.static_range(1 if VOTE == VOTE_MEAN or VOTE == VOTE_MAX else G):
                 tl.store(row_out + g * stride_og + pages, nothing, mask=pages < num_pages)
     if SIGNAL:
-        # attention waits for the token, the selection only for scores
-        kind = tl.where(pid < 0, APPENDED, SCORED)
-        signal_row(counter_ptr + (pid_b * tl.num_programs(1) + pid_h) * COUNTERS + kind)
+        signal_row(counter_ptr + (pid_b * tl.num_programs(1) + pid_h) * COUNTERS + SCORED)
 
 
 @triton.jit(do_not_specialize=["num_pages"])
@@ -251,20 +222,9 @@ def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
     return tensors, (*page_strides(codes, paged), codes.stride(-2), *scale_strides, *page_strides(spread, paged))
 
 
-class Appending(NamedTuple):
-    """A token that a score pass writes on the side: cache, new keys and values, statistics of its page, mask."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    new: tuple
-    stats: tuple
-    token_mask: torch.Tensor | None
-
-
 def launch_scores(
     q, stats, out, peaks, scoring, *, page_size, score_weight, stats_dtype, softmax_scale, seq_lens, seq_starts,
-    page_table, capacity, ratio=1, dense_pages=None, forced=(0, 0), group_size=1, appending=None, counters=None,
-    pdl=False,
+    page_table, capacity, ratio=1, dense_pages=None, forced=(0, 0), group_size=1, counters=None, pdl=False,
 ):  # fmt: skip
     """One score pass into `out [B, HK, N]`, or `[B, HK, G, N]` for a vote that needs each head's best score first.
 
@@ -274,27 +234,18 @@ def launch_scores(
     paged = page_table is not None
     batch, num_kv_heads, num_pages = out.shape[0], out.shape[1], out.shape[-1]
     tensors, strides = stats_arguments(stats, stats_dtype, paged)
-    cache, cache_strides, mask, dim_v = (None,) * 7, (0,) * 23, None, 1
-    if appending is not None:
-        k, v, new, small, mask = appending
-        small_tensors, small_strides = stats_arguments(small, stats_dtype, paged)
-        cache, dim_v = (k, v, *new, *small_tensors), v.shape[-1]
-        cache_strides = (
-            *token_strides(k, paged, page_size // ratio), *token_strides(v, paged, page_size // ratio),
-            *new[0].stride()[:2], *new[1].stride()[:2], *small_strides,
-        )  # fmt: skip
     programs = triton.cdiv(num_pages, scoring.block_n * scoring.blocks)
-    _page_score_fwd_kernel[(programs + (appending is not None), num_kv_heads, batch)](
-        q, *tensors, out, peaks, counters, seq_lens, seq_starts, mask, page_table, *cache,
+    _page_score_fwd_kernel[(programs, num_kv_heads, batch)](
+        q, *tensors, out, peaks, counters, seq_lens, seq_starts, page_table,
         q.stride(0), q.stride(1), q.stride(-1), *strides,
         out.stride(0), out.stride(1), out.stride(2) if scoring.per_head else 0,
-        stride_of(seq_lens), stride_of(seq_starts), stride_of(mask), stride_of(page_table), *cache_strides,
+        stride_of(seq_lens), stride_of(seq_starts), stride_of(page_table),
         num_pages, 0 if peaks is None else peaks.stride(1), capacity, dense_pages or 0, score_weight, softmax_scale,
-        P=page_size, RATIO=ratio, DV=dim_v, BDV=triton.next_power_of_2(dim_v), **scoring.constants,
+        P=page_size, RATIO=ratio, **scoring.constants,
         SINK=forced[0], RECENT=forced[1], GS=group_size,
         BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks, STAGES=scoring.stages,
-        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_MASK=mask is not None, HAS_TABLE=paged,
-        SELECTING=dense_pages is not None, APPEND=appending is not None, SIGNAL=counters is not None, PDL=pdl,
+        HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
+        SELECTING=dense_pages is not None, SIGNAL=counters is not None, PDL=pdl,
         num_warps=scoring.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return programs

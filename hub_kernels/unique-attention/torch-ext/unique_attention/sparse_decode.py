@@ -11,7 +11,6 @@ import triton.language as tl
 
 from ._checks import ROW_COUNTERS
 from ._common import (
-    APPENDED,
     CHOSEN,
     COUNTERS,
     await_row,
@@ -121,14 +120,13 @@ def _sparse_decode_fwd_kernel(
     C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, RATIO: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    DENSE: tl.constexpr, APPEND: tl.constexpr, AWAIT: tl.constexpr, AWAIT_TOKEN: tl.constexpr,
-    PDL: tl.constexpr,
+    DENSE: tl.constexpr, APPEND: tl.constexpr, AWAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5. Program `(split, kv head, row)` attends to its slice of the listed pages.
 
     A row of at most `dense_pages` pages attends to all of them: those listed, or (`DENSE`) whatever the list says. It
-    is written here if all rows are dense. `AWAIT`: the ids come from a launch that is still running; `AWAIT_TOKEN`:
-    the new token too. `APPEND`: one more program per row writes the new token and its statistics.
+    is written here if all rows are dense. `AWAIT`: the ids come from a launch that is still running. `APPEND`: one
+    more program per row writes the new token and its statistics; no selection reads these, for its page is forced.
     """
     if PDL:
         if not AWAIT:
@@ -181,12 +179,6 @@ def _sparse_decode_fwd_kernel(
                 P, D, DV, BD, BDV, HAS_TABLE,
             )  # fmt: skip
             tl.debug_barrier()
-    if AWAIT_TOKEN:
-        # one program per row, that which reads it
-        if (last_pos == listed) & ((first_pos < listed) | (split == 0)):
-            await_row(counter_ptr + row * COUNTERS + APPENDED, 1)
-            # ready for the next call
-            tl.store(counter_ptr + row * COUNTERS + APPENDED, 0)
     if AWAIT:
         await_row(counter_ptr + row * COUNTERS + CHOSEN, 1)
     acc, m_i, l_i = attend_pages(
@@ -300,12 +292,12 @@ NOTHING_CACHED = Cached((None,) * 8, (0,) * 26, {"C": 1, "BC": 1, "NG": 1, "RATI
 
 def launch_attend(
     call: Attending, page_ids, launch: Launch, *, capacity, softmax_scale, softcap, dense_pages=-1,
-    cached: Cached = NOTHING_CACHED, all_rows=False, waits=False, appended=False, pdl=False,
+    cached: Cached = NOTHING_CACHED, all_rows=False, waits=False, pdl=False,
 ):  # fmt: skip
     """One attention pass over listed pages, into the `out` of the call.
 
-    Rows of at most `dense_pages` pages are dense. If that is `all_rows` the list is written here, and with `cached` a
-    new token too. With `waits` the page ids come row by row from the launch before, and with `appended` the token.
+    Rows of at most `dense_pages` pages are dense. If that is `all_rows` the list is written here; with `cached` a new
+    token is. With `waits` the page ids come row by row from the launch before.
     """
     batch, num_kv_heads, num_kept = page_ids.shape
     append = cached is not NOTHING_CACHED
@@ -314,7 +306,7 @@ def launch_attend(
         capacity, dense_pages, softmax_scale, softcap or 0.0,
         K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), **call.constants, **cached.constants,
         DENSE=(ALL_ROWS if all_rows else SOME_ROWS if dense_pages > num_kept else NO_ROWS).value,
-        APPEND=append, AWAIT=waits, AWAIT_TOKEN=waits and appended, PDL=pdl,
+        APPEND=append, AWAIT=waits, PDL=pdl,
         num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

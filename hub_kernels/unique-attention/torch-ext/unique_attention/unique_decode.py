@@ -1,8 +1,8 @@
-"""One decode step: append and score (Eq. 1 to 3), select (Eq. 4), attend (Eq. 5), each in a launch of its own.
+"""One decode step: score (Eq. 2 and 3), select (Eq. 4), attend and append (Eq. 5 and 1), each in a launch of its own.
 
-Where the device allows it, a launch starts while the one before it runs, and, where rows are few, a row goes on as
-soon as it is ready, whatever the others do. With super-pages, two more launches score the pages of the best ones and
-select among them. Where no row can have more pages than it attends to there is one launch only.
+Where the device allows it, a launch starts while the one before it runs, and a row goes on as soon as it is ready,
+whatever the others do. With super-pages, two more launches score the pages of the best ones and select among them.
+Where no row can have more pages than it attends to there is one launch only.
 
 May import torch, triton and the other kernels.
 """
@@ -13,7 +13,7 @@ import torch
 
 from ._checks import ROW_COUNTERS
 from ._common import target_of
-from .page_score import Appending, Scoring, launch_scores, page_scores, plan_scoring, stats_arguments
+from .page_score import Scoring, launch_scores, page_scores, plan_scoring, stats_arguments
 from .page_select import SelectPlan, launch_select, padded, plan_selection, write_peaks
 from .page_stats import append_tokens
 from .second_level import check_listed, choose_listed
@@ -66,17 +66,10 @@ class Selecting(NamedTuple):
     ratio: int
 
 
-def _plan_pages(q, stats, super_stats, page_ids, page_table, config) -> Selecting:
+def _plan_pages(scoring: Scoring, num_scored: int, page_ids, config) -> Selecting:
     """Sizes and scratch of a selection."""
-    level, scored = (config, stats) if config.upper is None else (config.upper, super_stats)
-    shape, ratio, device = page_ids.shape[:2], level.page_size // config.page_size, q.device
-    num_scored = scored.codes.shape[2] if page_table is None else page_table.shape[1]
-    scoring = plan_scoring(
-        q, scored, num_scored, score=config.score, group_reduce=config.group_reduce, stats_dtype=config.stats_dtype
-    )
-    if ratio > 1 and scoring.blocks == 1:
-        # the program that appends reads a whole super-page
-        scoring = scoring._replace(num_warps=max(2, scoring.num_warps))
+    level = config.upper or config
+    shape, ratio, device = page_ids.shape[:2], level.page_size // config.page_size, page_ids.device
     plan = plan_selection(num_scored, level.num_kept - level.sink_pages - level.recent_pages)
     supers = listed = None
     if ratio > 1:
@@ -89,8 +82,8 @@ def _plan_pages(q, stats, super_stats, page_ids, page_table, config) -> Selectin
     return Selecting(scoring, plan, scratch, ratio)
 
 
-def _first_scores(step: Step, pages: Selecting, q, stats, scored, appending):
-    """Append, and scores of the first level. Returns how many programs a row waits for, `None` if all are done."""
+def _first_scores(step: Step, pages: Selecting, q, scored):
+    """Scores of the first level. Returns how many programs a row waits for, `None` if all are done."""
     config, level = step.config, step.config.upper or step.config
     scores, peaks = pages.scratch[:2]
     naming = {"stats_dtype": config.stats_dtype, "page_size": level.page_size, "page_table": step.page_table}
@@ -99,21 +92,19 @@ def _first_scores(step: Step, pages: Selecting, q, stats, scored, appending):
         programs = launch_scores(
             q, scored, scores, peaks, pages.scoring, **naming, **step.lengths, **step.scaling, capacity=step.capacity,
             ratio=pages.ratio, dense_pages=step.dense_pages, forced=tuple(forced.values()),
-            group_size=pages.plan.group_size, appending=None if appending.new is None else appending,
-            counters=step.counters, pdl=step.pdl,
+            group_size=pages.plan.group_size, counters=step.counters, pdl=step.pdl,
         )  # fmt: skip
         return programs if step.counters is not None else None
-    naming["score"] = config.score
-    if appending.new is not None:
-        k, v, new, _, token_mask = appending
-        append_tokens(k, v, stats, *new, **step.lengths, **naming, token_mask=token_mask)
-    page_scores(q, stats, scores, group_reduce=config.group_reduce, **naming, **step.lengths, **step.scaling)
+    page_scores(
+        q, scored, scores, score=config.score, group_reduce=config.group_reduce, **naming, **step.lengths,
+        **step.scaling,
+    )  # fmt: skip
     if pages.plan.group_size > 1:
         write_peaks(scores, peaks, pages.plan, page_size=level.page_size, **forced, **step.lengths)
     return None
 
 
-def _choose(step: Step, pages: Selecting, q, stats, super_stats, page_ids, appending):
+def _choose(step: Step, pages: Selecting, q, stats, super_stats, page_ids):
     """Fills `page_ids [B, HK, K]`: all launches before the attention."""
     config, level = step.config, step.config.upper or step.config
     scores, peaks, groups, supers, listed = pages.scratch
@@ -121,8 +112,7 @@ def _choose(step: Step, pages: Selecting, q, stats, super_stats, page_ids, appen
         **step.lengths, "capacity": step.capacity, "ratio": pages.ratio, "dense_pages": step.dense_pages,
         "counters": step.counters, "pdl": step.pdl,
     }  # fmt: skip
-    scored = stats if supers is None else super_stats
-    programs = _first_scores(step, pages, q, stats, scored, appending)
+    programs = _first_scores(step, pages, q, stats if supers is None else super_stats)
     launch_select(
         scores, peaks, groups, page_ids if supers is None else supers, pages.plan, page_size=level.page_size,
         sink_pages=level.sink_pages, recent_pages=level.recent_pages, programs=programs, **shared,
@@ -134,8 +124,8 @@ def _choose(step: Step, pages: Selecting, q, stats, super_stats, page_ids, appen
         )  # fmt: skip
 
 
-def _cached(q, k, stats, super_stats, new, config, paged: bool) -> Cached:
-    """The append of a step without scores."""
+def _cached(stats, super_stats, new, config, scoring: Scoring, paged: bool) -> Cached:
+    """What the launch that attends writes besides its output."""
     if new is None:
         return NOTHING_CACHED
     tensors, strides = stats_arguments(stats, config.stats_dtype, paged)
@@ -143,10 +133,6 @@ def _cached(q, k, stats, super_stats, new, config, paged: bool) -> Cached:
     if config.upper is not None:
         upper, upper_strides = stats_arguments(super_stats, config.stats_dtype, paged)
         ratio = config.super_page_size // config.page_size
-    scoring = plan_scoring(
-        q, stats, stats.codes.shape[2], score=config.score, group_reduce=config.group_reduce,
-        stats_dtype=config.stats_dtype,
-    )  # fmt: skip
     constants = {name: scoring.constants[name] for name in ("C", "BC", "NG", "KIND", "FORM")}
     new_strides = (*new[0].stride()[:2], *new[1].stride()[:2])
     return Cached((*new, *tensors, *upper), (*new_strides, *strides, *upper_strides), constants | {"RATIO": ratio})
@@ -177,19 +163,29 @@ def unique_decode(
         counters if target.in_step else None, target.dependent_launch,
     )  # fmt: skip
     attending = {"capacity": step.capacity, "softmax_scale": softmax_scale, "softcap": softcap, "pdl": step.pdl}
+    num_scored = num_pages if super_stats is None else super_stats.codes.shape[2]
+    scoring = plan_scoring(
+        q, super_stats or stats, num_scored, score=config.score, group_reduce=config.group_reduce,
+        stats_dtype=config.stats_dtype,
+    )  # fmt: skip
+    cached = _cached(stats, super_stats, new, config, scoring, page_table is not None)
     if num_pages <= dense_pages:
         # no row can have more pages than it attends to
-        cached = _cached(q, k, stats, super_stats, new, config, page_table is not None)
         launch_attend(call, page_ids, launch, dense_pages=dense_pages, cached=cached, all_rows=True, **attending)
         return
-    pages = _plan_pages(q, stats, super_stats, page_ids, page_table, config)
-    appending = Appending(k, v, new, stats, token_mask)
-    in_step = step.counters is not None and not pages.scoring.per_head
+    if scoring.per_head and new is not None:
+        # these votes weigh all pages, that of the new token too
+        append_tokens(
+            k, v, stats, *new, **step.lengths, page_size=page_size, score=config.score,
+            stats_dtype=config.stats_dtype, page_table=page_table, token_mask=token_mask,
+        )  # fmt: skip
+        cached = NOTHING_CACHED
+    pages = _plan_pages(scoring, num_scored, page_ids, config)
     try:
-        _choose(step, pages, q, stats, super_stats, page_ids, appending)
+        _choose(step, pages, q, stats, super_stats, page_ids)
         launch_attend(
-            call, page_ids, launch, dense_pages=dense_pages, waits=step.counters is not None,
-            appended=in_step and new is not None, **attending,
+            call, page_ids, launch, dense_pages=dense_pages, cached=cached, waits=step.counters is not None,
+            **attending,
         )  # fmt: skip
     except BaseException:
         # rows would wait for ever for launches that were never made
