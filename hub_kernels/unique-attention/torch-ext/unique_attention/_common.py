@@ -112,6 +112,25 @@ def await_row(counter_ptr, programs):
 
 
 @triton.jit
+def prefetch(ptr, count):
+    """Asks for `count` elements from `ptr` on to be brought into the second-level cache."""
+    # in whole units of 16 bytes
+    first = ptr.to(tl.int64) & -16
+    last = ((ptr + count).to(tl.int64) + 15) & -16
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred once;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 once, thread, 0;
+        @once cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [first, (last - first).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def end_in_order():
     """Ends no sooner than the launch before, so that who waits for this one waits for all; one program is enough."""
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):

@@ -16,6 +16,8 @@ from ._common import (
     KIND,
     SCORED,
     page_strides,
+    prefetch,
+    row_end,
     row_length,
     row_start,
     signal_row,
@@ -71,26 +73,40 @@ def _page_score_fwd_kernel(
     KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_TABLE: tl.constexpr,
     SELECTING: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    SIGNAL: tl.constexpr, PDL: tl.constexpr,
+    SIGNAL: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 2 and 3. Program `(BLOCKS blocks of BLOCK_N pages, kv head, row)` scores its pages for the `G` heads.
 
     Writes `[B, HK, N]`, or `[B, HK, G, N]` before a vote that needs the best score of each head first. `SELECTING`
     leaves out what the selection of the next launch does not read: rows of at most `dense_pages` pages of `P / RATIO`
-    tokens are dense. It reads peaks too where groups have more than one page.
-    `SIGNAL`: every program is counted when it is done.
+    tokens are dense. It reads peaks too where groups have more than one page. `SIGNAL`: every program is counted when
+    it is done. `PREFETCH`: the first block is asked for before the launch before has ended.
     """
+    pid_h = tl.program_id(1).to(tl.int64)
+    pid_b = tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(0) * (BLOCK_N * BLOCKS)
+    row_codes = codes_ptr + pid_b * stride_cb + pid_h * stride_ch
+    row_s = scales_ptr
+    if KIND >= FP8:
+        row_s += pid_b * stride_sb + pid_h * stride_sh
+    row_spread = spread_ptr + pid_b * stride_db + pid_h * stride_dh
+    if PREFETCH:
+        # statistics of earlier steps, while the launch before ends; as far as the row goes, which may be out of date
+        pages = tl.cdiv(row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS), P)
+        pages = tl.minimum(tl.minimum(num_pages, pages) - begin, BLOCK_N)
+        if pages > 0:
+            prefetch(row_codes + begin * stride_cp, pages * stride_cp)
+            if KIND >= FP8:
+                prefetch(row_s + begin * stride_sp, pages * stride_sp)
+            prefetch(row_spread + begin * stride_dp, pages * stride_dp)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    pid_h = tl.program_id(1).to(tl.int64)
-    pid_b = tl.program_id(2).to(tl.int64)
     length = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
     end = tl.minimum(length, capacity)
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
     last_page = tl.cdiv(end, P)
     first_page = tl.minimum(start // P, last_page)
-    begin = tl.program_id(0) * (BLOCK_N * BLOCKS)
     row_out = out_ptr + pid_b * stride_ob + pid_h * stride_oh
     wanted = begin < last_page
     if SELECTING:
@@ -98,9 +114,6 @@ def _page_score_fwd_kernel(
         wanted = wanted & (begin + BLOCK_N * BLOCKS > first_page)
         wanted = wanted & (tl.cdiv(end, small) - start // small > dense_pages)
     if wanted:
-        row_s = scales_ptr
-        if KIND >= FP8:
-            row_s += pid_b * stride_sb + pid_h * stride_sh
         row_peaks = peaks_ptr
         if GS > 1:
             row_peaks += (pid_b * tl.num_programs(1) + pid_h) * num_peaks
@@ -109,8 +122,7 @@ def _page_score_fwd_kernel(
             row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
         )
         score_blocks(
-            qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
-            spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_out, row_peaks, table_ptr,
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, row_codes, row_s, row_spread, row_out, row_peaks, table_ptr,
             stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
             pid_b, pid_h, begin, tl.minimum(begin + BLOCKS * BLOCK_N, last_page), first_page, last_page, num_pages,
             weight, scale,
@@ -160,6 +172,7 @@ def _page_vote_fwd_kernel(
             tl.store(row_out + begin + offs, tl.where(outside, float("-inf"), x), mask=mask)
 
 
+PREFETCH = True
 # pages per block at head dim 128, warps, blocks per program where programs are many, depth of the loads' pipeline;
 # measured on an H200
 SCORE_LAUNCH = {
@@ -245,7 +258,8 @@ def launch_scores(
         SINK=forced[0], RECENT=forced[1], GS=group_size,
         BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks, STAGES=scoring.stages,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
-        SELECTING=dense_pages is not None, SIGNAL=counters is not None, PDL=pdl,
+        SELECTING=dense_pages is not None, SIGNAL=counters is not None,
+        PREFETCH=PREFETCH and pdl and not paged, PDL=pdl,
         num_warps=scoring.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return programs

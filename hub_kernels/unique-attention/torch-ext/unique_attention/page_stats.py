@@ -18,6 +18,7 @@ from ._common import (
     ROUND,
     SCALAR,
     encode_fp8,
+    end_in_order,
     int4_dims,
     page_strides,
     physical_page,
@@ -211,53 +212,6 @@ def write_token(
     tl.store(v_ptr + physical * stride_vp + (slot % P) * stride_vt + offs_v, value, mask=offs_v < DV)
 
 
-@triton.jit
-def append_row(
-    k_ptr, v_ptr, k_new_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr, super_codes_ptr, super_scales_ptr,
-    super_spread_ptr, mask_ptr, table_ptr,
-    stride_kb, stride_kh, stride_kp, stride_kt, stride_vb, stride_vh, stride_vp, stride_vt,
-    stride_nb, stride_nh, stride_wb, stride_wh,
-    stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
-    stride_db, stride_dh, stride_dp,
-    stride_ucb, stride_uch, stride_ucp, stride_ucv, stride_usb, stride_ush, stride_usp, stride_usv,
-    stride_udb, stride_udh, stride_udp,
-    stride_mask, stride_table, b, h, start, end, length,
-    P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BDV: tl.constexpr,
-    NG: tl.constexpr, RATIO: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
-):  # fmt: skip
-    """Writes token `length - 1` of a row and refreshes its page and, with `RATIO` > 1, its super-page (Eq. 1)."""
-    row_k = k_ptr + b * stride_kb + h * stride_kh
-    row_v = v_ptr + b * stride_vb + h * stride_vh
-    row_n = k_new_ptr + b * stride_nb + h * stride_nh
-    row_w = v_new_ptr + b * stride_wb + h * stride_wh
-    row_s = scales_ptr
-    if KIND >= FP8:
-        row_s += b * stride_sb + h * stride_sh
-    row_mask = mask_ptr
-    if HAS_MASK:
-        row_mask += b * stride_mask
-    last = tl.maximum(end - 1, 0)
-    refresh_pages(
-        row_k, row_n, row_v, row_w, codes_ptr + b * stride_cb + h * stride_ch, row_s,
-        spread_ptr + b * stride_db + h * stride_dh, row_mask, table_ptr, stride_table,
-        stride_kp, stride_kt, 0, stride_vp, stride_vt, 0, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp,
-        b, last // P, 0, tl.cdiv(end, P), start, end, length - 1,
-        P, D, DV, C, BC, BDV, NG, 1, KIND, FORM, True, True, HAS_MASK, HAS_TABLE,
-    )  # fmt: skip
-    if RATIO > 1:
-        row_us = super_scales_ptr
-        if KIND >= FP8:
-            row_us += b * stride_usb + h * stride_ush
-        refresh_pages(
-            row_k, row_n, row_v, row_w, super_codes_ptr + b * stride_ucb + h * stride_uch, row_us,
-            super_spread_ptr + b * stride_udb + h * stride_udh, row_mask, table_ptr, stride_table,
-            stride_kp * RATIO, stride_kt, 0, stride_vp, stride_vt, 0, stride_ucp, stride_ucv, stride_usp, stride_usv,
-            stride_udp, b, last // (P * RATIO), 0, tl.cdiv(end, P * RATIO), start, end, length - 1,
-            P * RATIO, D, DV, C, BC, BDV, NG, 1, KIND, FORM, True, False, HAS_MASK, HAS_TABLE,
-        )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=[
     # strides of scales and spread change class with the number of pages
     "num_pages", "num_new", "capacity", "stride_mask", "stride_table",
@@ -279,12 +233,16 @@ def _page_stats_fwd_kernel(
     NG: tl.constexpr, NPG: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr,
     ONLY_NEW: tl.constexpr, APPEND: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 1. Program `(block of NPG pages, kv head, row)` writes the statistics of its pages.
 
     `ONLY_NEW` starts at the page of the first of the last `num_new` tokens; `APPEND` takes those tokens from `k_new`
-    and `v_new` and writes them to the cache as well.
+    and `v_new` and writes them to the cache as well. `PDL`: the launch before is still running, but done with what is
+    written here.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
@@ -323,11 +281,14 @@ def _page_stats_fwd_kernel(
             stride_sv, stride_dp, pid_b, page_begin, first_page, last_page, start, end, first_new,
             P, D, DV, C, BC, BDV, NG, NPG, KIND, FORM, APPEND, APPEND, HAS_MASK, HAS_TABLE,
         )  # fmt: skip
+    if PDL:
+        end_in_order()
 
 
 def _launch(
-    k, v, k_new, v_new, stats, *, page_size, score, stats_dtype, seq_lens, seq_starts, token_mask, page_table, num_new
-):
+    k, v, k_new, v_new, stats, *, page_size, score, stats_dtype, seq_lens, seq_starts, token_mask, page_table, num_new,
+    pdl=False,
+):  # fmt: skip
     """Fills in strides and tile sizes; the grid covers the pages that `num_new` tokens can touch, or all pages."""
     codes, scales, spread = stats
     paged = page_table is not None
@@ -356,8 +317,8 @@ def _launch(
         NG=(head_dim + 31) // 32, NPG=pages_per_program, KIND=KIND[stats_dtype], FORM=FORM[score],
         ONLY_NEW=num_new is not None, APPEND=k_new is not None,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
-        HAS_MASK=token_mask is not None, HAS_TABLE=paged,
-        num_warps=1 if pages_per_program == 1 else 4,
+        HAS_MASK=token_mask is not None, HAS_TABLE=paged, PDL=pdl,
+        num_warps=1 if pages_per_program == 1 else 4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
@@ -367,5 +328,8 @@ def page_stats(k, stats, **settings):
 
 
 def append_tokens(k_cache, v_cache, stats, k_new, v_new, **settings):
-    """Writes new keys and values to the last slots of each row and refreshes the pages they touch, in one launch."""
+    """Writes new keys and values to the last slots of each row and refreshes the pages they touch, in one launch.
+
+    With `pdl` it may start as soon as the launch before has.
+    """
     _launch(k_cache, v_cache, k_new, v_new, stats, num_new=k_new.shape[2], **settings)

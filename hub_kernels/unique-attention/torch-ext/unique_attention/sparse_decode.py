@@ -23,7 +23,7 @@ from ._common import (
     token_strides,
 )
 from .page_select import list_all
-from .page_stats import append_row, write_token
+from .page_stats import write_token
 from .split_rows import LOG2E, finish_row, split_of
 
 # which rows attend to pages that are not listed
@@ -102,31 +102,25 @@ def attend_pages(
 @triton.jit(do_not_specialize=["capacity", "dense_pages", "stride_mask", "stride_table"])
 def _sparse_decode_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, len_ptr, start_ptr, mask_ptr, table_ptr,
-    ids_ptr, k_new_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
-    super_codes_ptr, super_scales_ptr, super_spread_ptr,
+    ids_ptr, k_new_ptr, v_new_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_kb, stride_kh, stride_kp, stride_kt,
     stride_vb, stride_vh, stride_vp, stride_vt, stride_ob, stride_oh,
     stride_len, stride_start, stride_mask, stride_table, stride_ib, stride_ih,
     stride_nb, stride_nh, stride_wb, stride_wh,
-    stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
-    stride_db, stride_dh, stride_dp,
-    stride_ucb, stride_uch, stride_ucp, stride_ucv, stride_usb, stride_ush, stride_usp, stride_usv,
-    stride_udb, stride_udh, stride_udp,
     capacity, dense_pages, scale, softcap,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, RATIO: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    DENSE: tl.constexpr, APPEND: tl.constexpr, AWAIT: tl.constexpr, PDL: tl.constexpr,
+    DENSE: tl.constexpr, HAS_NEW: tl.constexpr, AWAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5. Program `(split, kv head, row)` attends to its slice of the listed pages.
 
     A row of at most `dense_pages` pages attends to all of them: those listed, or (`DENSE`) whatever the list says. It
-    is written here if all rows are dense. `AWAIT`: the ids come from a launch that is still running. `APPEND`: one
-    more program per row writes the new token and its statistics; no selection reads these, for its page is forced.
+    is written here if all rows are dense. `AWAIT`: the ids come from a launch that is still running. The last token
+    of a row may be `HAS_NEW`, not in the cache yet.
     """
     if PDL:
         if not AWAIT:
@@ -146,21 +140,6 @@ def _sparse_decode_fwd_kernel(
     row_mask = mask_ptr
     if HAS_MASK:
         row_mask += pid_b * stride_mask
-    if APPEND:
-        if split == SPLITS:
-            append_row(
-                k_ptr, v_ptr, k_new_ptr, v_new_ptr, codes_ptr, scales_ptr, spread_ptr,
-                super_codes_ptr, super_scales_ptr, super_spread_ptr, mask_ptr, table_ptr,
-                stride_kb, stride_kh, stride_kp, stride_kt, stride_vb, stride_vh, stride_vp, stride_vt,
-                stride_nb, stride_nh, stride_wb, stride_wh,
-                stride_cb, stride_ch, stride_cp, stride_cv, stride_sb, stride_sh, stride_sp, stride_sv,
-                stride_db, stride_dh, stride_dp,
-                stride_ucb, stride_uch, stride_ucp, stride_ucv, stride_usb, stride_ush, stride_usp, stride_usv,
-                stride_udb, stride_udh, stride_udp,
-                stride_mask, stride_table, pid_b, pid_h, start, end, length,
-                P, D, DV, C, BC, BDV, NG, RATIO, KIND, FORM, HAS_MASK, HAS_TABLE,
-            )  # fmt: skip
-            return
     count = last_page - first_page
     dense = count <= dense_pages
     row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
@@ -169,8 +148,8 @@ def _sparse_decode_fwd_kernel(
             list_all(row_ids, first_page, count, K, BLOCK_K)
     listed = tl.where(dense, count, K)
     first_pos, last_pos = split_of(listed, split, SPLITS, 1 if P > BLOCK_T else BLOCK_T // P)
-    if APPEND:
-        # the program of the last pages reads the new token, so it writes it too: the same bytes
+    if HAS_NEW:
+        # the program of the last pages writes the new token, which it reads, as the launch that appends does
         if (first_pos < listed) & (last_pos == listed) & (length <= capacity):
             write_token(
                 row_k, k_new_ptr + pid_b * stride_nb + pid_h * stride_nh,
@@ -189,7 +168,7 @@ def _sparse_decode_fwd_kernel(
     )  # fmt: skip
     finish_row(
         acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
-        split, DV, BDV, G, GP, GM, SPLITS, HAS_SINKS, AWAIT,
+        split, DV, BDV, G, GP, GM, SPLITS, AT_ONCE, HAS_SINKS, AWAIT,
     )  # fmt: skip
     if PDL and AWAIT:
         end_in_order()
@@ -263,6 +242,8 @@ def plan_attention(
             "BD": max(16, triton.next_power_of_2(head_dim)), "BDV": block_dv, "G": group,
             "GP": max(16, group_rows), "GM": group_rows,
             "BLOCK_T": launch.block_t, "STAGES": launch.stages, "SPLITS": launch.splits,
+            # as many partial results as take 128 registers
+            "AT_ONCE": min(launch.splits, max(1, 4096 * launch.num_warps // (group_rows * block_dv))),
             "HAS_LENS": seq_lens is not None, "HAS_STARTS": seq_starts is not None, "HAS_MASK": token_mask is not None,
             "HAS_TABLE": paged, "HAS_SOFTCAP": softcap is not None, "HAS_SINKS": sinks is not None,
         },
@@ -279,34 +260,23 @@ def capacity_of(k, page_table, page_size: int) -> int:
     return k.shape[2] if page_table is None else page_table.shape[1] * page_size
 
 
-class Cached(NamedTuple):
-    """A new token and the statistics that it changes: tensors, strides and compile-time constants of the append."""
-
-    tensors: tuple
-    strides: tuple
-    constants: dict
-
-
-NOTHING_CACHED = Cached((None,) * 8, (0,) * 26, {"C": 1, "BC": 1, "NG": 1, "RATIO": 1, "KIND": 0, "FORM": 0})
-
-
 def launch_attend(
-    call: Attending, page_ids, launch: Launch, *, capacity, softmax_scale, softcap, dense_pages=-1,
-    cached: Cached = NOTHING_CACHED, all_rows=False, waits=False, pdl=False,
+    call: Attending, page_ids, launch: Launch, *, capacity, softmax_scale, softcap, dense_pages=-1, new=None,
+    all_rows=False, waits=False, pdl=False,
 ):  # fmt: skip
     """One attention pass over listed pages, into the `out` of the call.
 
-    Rows of at most `dense_pages` pages are dense. If that is `all_rows` the list is written here; with `cached` a new
-    token is. With `waits` the page ids come row by row from the launch before.
+    Rows of at most `dense_pages` pages are dense. If that is `all_rows` the list is written here. A token in `new`
+    keys and values is the last one of its row. With `waits` the page ids come row by row from the launch before.
     """
     batch, num_kv_heads, num_kept = page_ids.shape
-    append = cached is not NOTHING_CACHED
-    _sparse_decode_fwd_kernel[(launch.splits + append, num_kv_heads, batch)](
-        *call.tensors, page_ids, *cached.tensors, *call.strides, *page_ids.stride()[:2], *cached.strides,
+    new_strides = (0,) * 4 if new is None else (*new[0].stride()[:2], *new[1].stride()[:2])
+    _sparse_decode_fwd_kernel[(launch.splits, num_kv_heads, batch)](
+        *call.tensors, page_ids, *(new or (None, None)), *call.strides, *page_ids.stride()[:2], *new_strides,
         capacity, dense_pages, softmax_scale, softcap or 0.0,
-        K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), **call.constants, **cached.constants,
+        K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), **call.constants,
         DENSE=(ALL_ROWS if all_rows else SOME_ROWS if dense_pages > num_kept else NO_ROWS).value,
-        APPEND=append, AWAIT=waits, PDL=pdl,
+        HAS_NEW=new is not None, AWAIT=waits, PDL=pdl,
         num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

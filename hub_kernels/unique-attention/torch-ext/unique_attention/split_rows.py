@@ -38,7 +38,7 @@ def _write_row(
 def finish_row(
     acc, m_i, l_i, out_ptr, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, first_head, split,
     DV: tl.constexpr, BDV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_SINKS: tl.constexpr, AWAIT: tl.constexpr,
+    AT_ONCE: tl.constexpr, HAS_SINKS: tl.constexpr, AWAIT: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of a row, after merging the partial results if there are several; its counters end at zero."""
     row_counters = counter_ptr + row * COUNTERS
@@ -64,21 +64,24 @@ def finish_row(
             # without the heads that pad a tile
             offs_m = tl.arange(0, GM)
             mask_m = offs_m < G
+            inside = mask_m[None, :, None] & (offs_v < DV)[None, None, :]
+            # as many at a time as fit in registers; the first do not wait for the maxima
+            some = (row * SPLITS + tl.arange(0, AT_ONCE)[:, None]) * GM + offs_m[None, :]  # [AT_ONCE, GM]
+            partial = tl.load(acc_ptr + some[:, :, None] * BDV + offs_v[None, None, :], mask=inside, other=0.0)
+            m_some = tl.load(ml_ptr + some * 2, mask=mask_m[None, :], other=float("-inf"))
             parts = (row * SPLITS + tl.arange(0, SPLITS)[:, None]) * GM + offs_m[None, :]
             extent = tl.load(ml_ptr + parts * 2, mask=mask_m[None, :], other=float("-inf"))  # [SPLITS, GM]
+            l_parts = tl.load(ml_ptr + parts * 2 + 1, mask=mask_m[None, :], other=0.0)
             m_all = tl.max(extent, axis=0)
             m_ref = tl.where(m_all == float("-inf"), 0.0, m_all)
-            l_parts = tl.load(ml_ptr + parts * 2 + 1, mask=mask_m[None, :], other=0.0)
             l_all = tl.sum(l_parts * tl.exp2(extent - m_ref[None, :]), axis=0)
-            total = tl.zeros((GM, BDV), tl.float32)
-            for other in tl.range(SPLITS, loop_unroll_factor=8):
-                found = (row * SPLITS + other) * GM + offs_m
-                decay = tl.exp2(tl.load(ml_ptr + found * 2, mask=mask_m, other=float("-inf")) - m_ref)
+            total = tl.sum(partial * tl.exp2(m_some - m_ref[None, :])[:, :, None], axis=0)
+            for first in tl.static_range(AT_ONCE, SPLITS, AT_ONCE):
+                m_some = tl.load(ml_ptr + (some + first * GM) * 2, mask=mask_m[None, :], other=float("-inf"))
                 partial = tl.load(
-                    acc_ptr + found[:, None] * BDV + offs_v[None, :],
-                    mask=mask_m[:, None] & (offs_v < DV)[None, :], other=0.0,
-                )  # fmt: skip
-                total += partial * decay[:, None]
+                    acc_ptr + (some + first * GM)[:, :, None] * BDV + offs_v[None, None, :], mask=inside, other=0.0
+                )
+                total += tl.sum(partial * tl.exp2(m_some - m_ref[None, :])[:, :, None], axis=0)
             _write_row(total, m_all, l_all, offs_m, out_ptr, stride_oh, sinks_ptr, first_head, DV, BDV, G, HAS_SINKS)
 
 

@@ -1,8 +1,8 @@
-"""One decode step: score (Eq. 2 and 3), select (Eq. 4), attend and append (Eq. 5 and 1), each in a launch of its own.
+"""One decode step: score (Eq. 2 and 3), select (Eq. 4), attend (Eq. 5), append (Eq. 1), each in a launch of its own.
 
 Where the device allows it, a launch starts while the one before it runs, and a row goes on as soon as it is ready,
 whatever the others do. With super-pages, two more launches score the pages of the best ones and select among them.
-Where no row can have more pages than it attends to there is one launch only.
+Where no row can have more pages than it attends to, nothing is scored.
 
 May import torch, triton and the other kernels.
 """
@@ -13,19 +13,11 @@ import torch
 
 from ._checks import ROW_COUNTERS
 from ._common import target_of
-from .page_score import Scoring, launch_scores, page_scores, plan_scoring, stats_arguments
+from .page_score import Scoring, launch_scores, page_scores, plan_scoring
 from .page_select import SelectPlan, launch_select, padded, plan_selection, write_peaks
 from .page_stats import append_tokens
 from .second_level import check_listed, choose_listed
-from .sparse_decode import (
-    NOTHING_CACHED,
-    Cached,
-    capacity_of,
-    launch_attend,
-    launch_decode,
-    plan_attention,
-    row_bytes,
-)
+from .sparse_decode import capacity_of, launch_attend, launch_decode, plan_attention, row_bytes
 
 
 class Step(NamedTuple):
@@ -124,20 +116,6 @@ def _choose(step: Step, pages: Selecting, q, stats, super_stats, page_ids):
         )  # fmt: skip
 
 
-def _cached(stats, super_stats, new, config, scoring: Scoring, paged: bool) -> Cached:
-    """What the launch that attends writes besides its output."""
-    if new is None:
-        return NOTHING_CACHED
-    tensors, strides = stats_arguments(stats, config.stats_dtype, paged)
-    upper, upper_strides, ratio = (None,) * 3, (0,) * 11, 1
-    if config.upper is not None:
-        upper, upper_strides = stats_arguments(super_stats, config.stats_dtype, paged)
-        ratio = config.super_page_size // config.page_size
-    constants = {name: scoring.constants[name] for name in ("C", "BC", "NG", "KIND", "FORM")}
-    new_strides = (*new[0].stride()[:2], *new[1].stride()[:2])
-    return Cached((*new, *tensors, *upper), (*new_strides, *strides, *upper_strides), constants | {"RATIO": ratio})
-
-
 def unique_decode(
     q, k, v, stats, out, page_ids, *, config, score_weight, softmax_scale, softcap, sinks, seq_lens, seq_starts,
     token_mask, page_table, dense_below, counters, new, super_stats,
@@ -162,32 +140,36 @@ def unique_decode(
         min(capacity_of(k, page_table, page_size), num_pages * page_size), dense_pages,
         counters if target.in_step else None, target.dependent_launch,
     )  # fmt: skip
-    attending = {"capacity": step.capacity, "softmax_scale": softmax_scale, "softcap": softcap, "pdl": step.pdl}
     num_scored = num_pages if super_stats is None else super_stats.codes.shape[2]
     scoring = plan_scoring(
         q, super_stats or stats, num_scored, score=config.score, group_reduce=config.group_reduce,
         stats_dtype=config.stats_dtype,
     )  # fmt: skip
-    cached = _cached(stats, super_stats, new, config, scoring, page_table is not None)
-    if num_pages <= dense_pages:
-        # no row can have more pages than it attends to
-        launch_attend(call, page_ids, launch, dense_pages=dense_pages, cached=cached, all_rows=True, **attending)
-        return
-    if scoring.per_head and new is not None:
+    append = {
+        **step.lengths, "score": config.score, "stats_dtype": config.stats_dtype, "page_table": page_table,
+        "token_mask": token_mask,
+    }  # fmt: skip
+    if scoring.per_head and new is not None and num_pages > dense_pages:
         # these votes weigh all pages, that of the new token too
-        append_tokens(
-            k, v, stats, *new, **step.lengths, page_size=page_size, score=config.score,
-            stats_dtype=config.stats_dtype, page_table=page_table, token_mask=token_mask,
-        )  # fmt: skip
-        cached = NOTHING_CACHED
-    pages = _plan_pages(scoring, num_scored, page_ids, config)
+        append_tokens(k, v, stats, *new, page_size=page_size, **append)
+        new = None
+    attending = {
+        "capacity": step.capacity, "softmax_scale": softmax_scale, "softcap": softcap, "dense_pages": dense_pages,
+        "new": new, "pdl": step.pdl,
+    }  # fmt: skip
     try:
-        _choose(step, pages, q, stats, super_stats, page_ids)
-        launch_attend(
-            call, page_ids, launch, dense_pages=dense_pages, cached=cached, waits=step.counters is not None,
-            **attending,
-        )  # fmt: skip
+        if num_pages <= dense_pages:
+            # no row can have more pages than it attends to
+            launch_attend(call, page_ids, launch, all_rows=True, **attending)
+        else:
+            _choose(step, _plan_pages(scoring, num_scored, page_ids, config), q, stats, super_stats, page_ids)
+            launch_attend(call, page_ids, launch, waits=step.counters is not None, **attending)
     except BaseException:
         # rows would wait for ever for launches that were never made
         counters.zero_()
         raise
+    if new is not None:
+        # nobody waits for it before the next step: no selection reads the page of the new token, for it is forced
+        append_tokens(k, v, stats, *new, page_size=page_size, **append, pdl=step.pdl)
+        if super_stats is not None:
+            append_tokens(k, v, super_stats, *new, page_size=config.super_page_size, **append, pdl=step.pdl)
