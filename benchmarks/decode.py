@@ -150,7 +150,8 @@ class Decode:
     """The whole chain on rotating inputs; every layer of a model has a cache of its own."""
 
     def __init__(self, shape: Shape, config: UniqueConfig, device: str, dense_below: int):
-        self.shape, self.config, self.dense_below = shape, config, dense_below
+        self.shape, self.config = shape, config
+        self.dense_below = dense_below // (shape.batch * shape.kv_heads)
         self.level = config.upper or config  # the level that is scored whole
         touched = floor_us(shape, config) * READ_RATE / 1e6
         sets = 1 if device == "cpu" else min(24, max(1, math.ceil(COLD_BYTES / touched)))
@@ -254,7 +255,7 @@ def measure_setting(shape: Shape, config: UniqueConfig, device: str, quality, de
     row = {
         "batch": shape.batch, "context": shape.context, "heads": shape.heads, "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim, "dtype": str(shape.dtype).removeprefix("torch."),
-        **{key: getattr(config, key) for key in KEYS},
+        **{key: getattr(config, key) for key in KEYS}, "dense_below": decode.dense_below,
         "us": round(us, 2), "us_spread": round(spread, 2),
         "dense_us": round(dense[best], 2), "dense": best, "speedup": round(dense[best] / us, 3),
         "baselines_us": {name: round(value, 2) for name, value in dense.items()},
@@ -287,12 +288,13 @@ def plan(which: str) -> list[tuple[Shape, list[UniqueConfig]]]:
     many = [(8, "int4"), (4, "int4"), (16, "fp8"), (16, "int8")]
     single = [(4, "int4"), (16, "bf16"), (16, "int8"), (16, "int4")]
     # page size, super-page size and tokens of the first level, in int4
+    several = ((4, 16, 2048), (4, 16, 4096), (4, 32, 2048), (4, 32, 3072), (4, 32, 4096), (8, 32, 2048), (8, 64, 4096))
     two = {
-        (80, 32768): ((4, 16, 2048), (4, 16, 4096), (4, 32, 2048), (4, 32, 4096), (8, 32, 2048)),
-        (16, 131072): ((4, 16, 2048), (4, 16, 4096), (4, 32, 2048), (4, 32, 4096), (8, 32, 2048)),
-        (1, 131072): ((4, 32, 2048), (4, 32, 4096), (4, 64, 4096)),
-        (1, 32768): ((4, 32, 2048), (4, 32, 4096)),
-        (1, 1048576): ((4, 64, 4096), (4, 128, 8192), (8, 64, 4096)),
+        (80, 32768): several,
+        (16, 131072): several,
+        (1, 131072): ((4, 32, 4096), (8, 32, 2048), (8, 64, 4096)),
+        (1, 32768): ((4, 32, 4096), (8, 32, 2048)),
+        (1, 1048576): ((4, 64, 4096), (8, 64, 4096), (8, 128, 4096), (16, 128, 8192)),
     }
     one = {
         (80, 32768): levers,
@@ -319,7 +321,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a tiny case, on any device")
     parser.add_argument("--which", choices=("main", "full"), default="full")
     parser.add_argument("--quality", type=Path, default=RESULTS / "quality.json")
-    parser.add_argument("--dense-below", type=int, default=0, help="attend densely up to this many tokens")
+    parser.add_argument("--dense-below", type=int, default=65536, help="dense up to so many tokens, all rows together")
     parser.add_argument("--out", type=Path, default=RESULTS / "decode_h200.json")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -258,6 +258,21 @@ def test_threads_do_not_disturb_each_other(models):
     assert together == alone
 
 
+@pytest.mark.parametrize("kept", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_rows_below_a_threshold_attend_to_everything(models, kept):
+    model, dense = models["unique"], greedy(models["sdpa"], PADDED).tolist()
+    # PADDED ends with rows of 36 and of 49 tokens
+    for threshold, sparse in ((0, "all"), (40, "long"), (64, "none")):
+        unique_hf.configure(model, **SPARSE, dense_below=threshold)
+        unique_hf.report(model, reset=True)
+        found, report = greedy(model, PADDED, **kept).tolist(), unique_hf.report(model)
+        assert (report.sparse_rows > 0) == (sparse != "none")
+        assert (report.dense_rows > 0) == (sparse != "all")
+        assert (found[0] == dense[0]) == (sparse != "all") and (found[1] == dense[1]) == (sparse == "none")
+    with pytest.raises(ValueError, match="dense_below"):
+        unique_hf.configure(model, dense_below=-1)
+
+
 def test_generation_without_cache_runs_the_soft_mask(models):
     model = models["unique"]
     unique_hf.configure(model, page_size=4, budget=1024)

@@ -172,11 +172,12 @@ def _page_vote_fwd_kernel(
             tl.store(row_out + begin + offs, tl.where(outside, float("-inf"), x), mask=mask)
 
 
-PREFETCH = True
+# programs per multiprocessor up to which the launch before is worth a prefetch
+PREFETCHED = 40
 # pages per block at head dim 128, warps, blocks per program where programs are many, depth of the loads' pipeline;
 # measured on an H200
 SCORE_LAUNCH = {
-    "fp32": (32, 4, 1, 1), "bf16": (32, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (64, 1, 4, 3), "int4": (64, 1, 8, 1),
+    "fp32": (32, 4, 1, 1), "bf16": (32, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (32, 1, 8, 3), "int4": (32, 1, 8, 2),
 }  # fmt: skip
 # the same where programs are few
 FEW_LAUNCH = {"fp32": (32, 4, 1, 1), "bf16": (32, 4, 1, 1)}
@@ -216,9 +217,9 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     squared = score in ("diagonal", "moment")
     unpacked = stats_dtype in ("int8", "int4") and (squared or not constants["DP4A"])
     block_n, num_warps, blocks, stages = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
-    if stats_dtype == "int4" and not unpacked and rows * num_pages <= 10_000 * target.num_sms:
-        # less than two waves of those programs would be left
-        blocks, num_warps = min(blocks, 4), 1 if rows >= 2 * target.num_sms else 2
+    if stats_dtype == "int4" and not unpacked:
+        share = rows * num_pages // target.num_sms
+        blocks = 4 if share <= 4_000 else 8 if share <= 20_000 else 16
     few = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
     # the query is prepared once per program: several blocks each, where programs are many
     if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
@@ -259,7 +260,8 @@ def launch_scores(
         BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks, STAGES=scoring.stages,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
         SELECTING=dense_pages is not None, SIGNAL=counters is not None,
-        PREFETCH=PREFETCH and pdl and not paged, PDL=pdl,
+        PREFETCH=pdl and not paged and programs * num_kv_heads * batch <= PREFETCHED * target_of(q.device).num_sms,
+        PDL=pdl,
         num_warps=scoring.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return programs

@@ -79,6 +79,9 @@ class UniqueConfig:
             decoding scores super-pages first, and then only the pages of the best ones. `None` scores every page.
         super_budget (`int`, *optional*): Tokens in the super-pages that are kept, a multiple of `super_page_size` with
             room for `budget` and two super-pages; `None` takes four times `budget`, or what must fit.
+        dense_below (`int`, *optional*, defaults to 0): Rows of at most so many tokens attend to everything when they
+            decode, as those that fit in the budget do. Sparse begins to pay at about `65536 // (batch * kv_heads)`
+            tokens on an H200.
         temperature (`float`, *optional*, defaults to 1.0): Width of the sigmoid of the soft mask (Eq. 6), in units of
             the page score (unscaled `q . k`).
         threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through the threshold of Eq. 6.
@@ -100,6 +103,7 @@ class UniqueConfig:
     stats_dtype: str = "int4"
     super_page_size: int | None = None
     super_budget: int | None = None
+    dense_below: int = 0
     temperature: float = 1.0
     threshold_grad: bool = False
     soft_mask: bool = True
@@ -107,8 +111,10 @@ class UniqueConfig:
     measure_recall: bool = False
 
     def __post_init__(self):
-        for name in ("page_size", "budget", "sink_pages", "recent_pages"):
+        for name in ("page_size", "budget", "sink_pages", "recent_pages", "dense_below"):
             _check_int(name, getattr(self, name))
+        if self.dense_below < 0:
+            raise ValueError(f"`dense_below` must be >= 0, got {self.dense_below}; with 0 the budget alone decides.")
         for name in ("threshold_grad", "soft_mask", "capture", "measure_recall"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(_type_message(name, "True or False", getattr(self, name)))

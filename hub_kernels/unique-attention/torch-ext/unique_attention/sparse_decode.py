@@ -183,23 +183,26 @@ class Launch(NamedTuple):
     splits: int
 
 
-# by the number of rows (and, for few, of tokens); splits are at most one per tile. Of the stages of the first one goes
-# to the page ids. Measured on an H200
+# by the number of rows, and for few by what they attend to: listed pages, all of a row, all of a longer one; splits
+# are at most one per tile. Of the stages of the first one goes to the page ids. Measured on an H200
 LAUNCH = {
-    "many": Launch(16, 7, 2, 1),
-    "some": Launch(64, 1, 4, 8),
+    "many": Launch(32, 4, 2, 1),
+    "more": Launch(32, 3, 2, 8),
+    "some": Launch(64, 1, 2, 8),
     "few": Launch(32, 1, 2, 32),
-    "long": Launch(64, 1, 4, 32),
+    "dense": Launch(64, 1, 2, 32),
+    "long": Launch(64, 3, 4, 16),
 }
 
 
-def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int) -> Launch:
+def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int, dense: bool = False) -> Launch:
     """Launch settings for `rows` rows of `tokens` tokens whose keys (or values) take `row_bytes` each.
 
-    Many rows fill the device alone, others are split until they do.
+    Many rows fill the device alone, others are split until they do. `dense`: no pages are listed.
     """
-    many = "many" if rows >= 2 * num_sms else "some" if 2 * rows > num_sms else "few" if tokens <= 512 else "long"
-    launch = LAUNCH[many]
+    few = "few" if not dense else "dense" if tokens <= 1024 else "long"
+    some = "more" if 4 * rows > 3 * num_sms else "some"
+    launch = LAUNCH["many" if rows >= 2 * num_sms else some if 3 * rows > num_sms else few]
     if row_bytes > 256:
         launch = launch._replace(block_t=max(16, launch.block_t * 256 // row_bytes))
     tiles = triton.cdiv(tokens, launch.block_t)

@@ -127,7 +127,8 @@ def unique_decode(
     dense_pages = max(config.num_kept, dense_below // page_size)
     if config.upper is not None:
         check_listed(config.upper.num_kept, config.upper.page_size // page_size)
-    launch = launch_decode(rows, min(dense_pages, num_pages) * page_size, row_bytes(k, v), target.num_sms)
+    attended = min(dense_pages, num_pages) * page_size
+    launch = launch_decode(rows, attended, row_bytes(k, v), target.num_sms, dense=num_pages <= dense_pages)
     if counters is None:
         counters = torch.zeros(rows * ROW_COUNTERS, dtype=torch.int32, device=q.device)
     call = plan_attention(

@@ -160,7 +160,7 @@ def count_sparse(
     Returns:
         `list`: The rows that were sparse.
     """
-    page_size, kept = settings.page_size, settings.num_kept
+    page_size, kept = settings.page_size, max(settings.num_kept, settings.dense_below // settings.page_size)
     per_token = token_bytes(key, value)
     sparse = []
     for row in range(key.shape[0]):
