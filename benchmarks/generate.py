@@ -45,6 +45,9 @@ SETTINGS = {
     "default": UniqueConfig(),
     "budget 512": UniqueConfig(budget=512),
     "two levels": UniqueConfig(budget=512, super_page_size=16, super_budget=4096),
+    "super-pages of 32": UniqueConfig(budget=512, super_page_size=32, super_budget=4096),
+    "page 8": UniqueConfig(page_size=8, budget=512, super_page_size=32, super_budget=2048),
+    "dense below 8,192": UniqueConfig(budget=512, dense_below=8192),
 }
 SHOWN = ("page_size", "stats_dtype", "budget", "super_page_size", "super_budget")
 STEPS = 128
@@ -211,7 +214,9 @@ def plan(smoke: bool) -> list[tuple[str, Any]]:
             functools.partial(prompt_rows, context=96, chunk=32),
         ]
         return [("smoke", job) for job in jobs]
-    decode, first = functools.partial(decode_rows, names=list(SETTINGS)), first_token_rows
+    # a threshold matters to short contexts only
+    names = [name for name, settings in SETTINGS.items() if not settings.dense_below]
+    decode, first = functools.partial(decode_rows, names=names), first_token_rows
     return [
         ("8B", functools.partial(decode, batch=1, context=131072)),
         ("8B", functools.partial(decode, batch=6, context=131072)),
@@ -219,10 +224,10 @@ def plan(smoke: bool) -> list[tuple[str, Any]]:
         ("8B", functools.partial(first, batch=1, context=8192)),
         ("8B", functools.partial(prefill_rows, context=32768)),
         ("8B", functools.partial(decode, batch=1, context=32768)),
-        ("8B", functools.partial(prompt_rows, context=262144, chunk=32768)),
+        ("8B", functools.partial(prompt_rows, context=262144, chunk=16384)),
         ("0.6B", functools.partial(decode, batch=8, context=131072)),
         ("0.6B", functools.partial(decode, batch=1, context=32768)),
-        ("0.6B", functools.partial(decode, batch=1, context=2048)),
+        ("0.6B", functools.partial(decode, batch=1, context=2048, names=list(SETTINGS))),
         ("0.6B", functools.partial(first, batch=1, context=8192)),
         ("0.6B", functools.partial(prefill_rows, context=32768)),
         ("0.6B", functools.partial(decode, batch=1, context=131072)),
