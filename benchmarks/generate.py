@@ -47,6 +47,7 @@ SETTINGS = {
     "two levels": UniqueConfig(budget=512, super_page_size=16, super_budget=4096),
     "super-pages of 32": UniqueConfig(budget=512, super_page_size=32, super_budget=4096),
     "page 8": UniqueConfig(page_size=8, budget=512, super_page_size=32, super_budget=2048),
+    "page 16": UniqueConfig(page_size=16, budget=512),
     "dense below 8,192": UniqueConfig(budget=512, dense_below=8192),
 }
 SHOWN = ("page_size", "stats_dtype", "budget", "super_page_size", "super_budget")
