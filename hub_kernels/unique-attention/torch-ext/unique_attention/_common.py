@@ -131,9 +131,9 @@ def prefetch(ptr, count):
 
 
 @triton.jit
-def end_in_order():
-    """Ends no sooner than the launch before, so that who waits for this one waits for all; one program is enough."""
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+def end_in_order(program):
+    """Ends no sooner than the launch before, so that who waits for this one waits for all; program 0 is enough."""
+    if program == 0:
         tl.extra.cuda.gdc_wait()
 
 

@@ -299,7 +299,7 @@ def _page_select_fwd_kernel(
     if SIGNAL:
         signal_row(counter_ptr + row * COUNTERS + (LISTED if RATIO > 1 else CHOSEN))
     if PDL and AWAIT:
-        end_in_order()
+        end_in_order(row)
 
 
 class SelectPlan(NamedTuple):

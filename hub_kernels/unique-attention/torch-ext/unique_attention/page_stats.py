@@ -282,7 +282,7 @@ def _page_stats_fwd_kernel(
             P, D, DV, C, BC, BDV, NG, NPG, KIND, FORM, APPEND, APPEND, HAS_MASK, HAS_TABLE,
         )  # fmt: skip
     if PDL:
-        end_in_order()
+        end_in_order(tl.program_id(0) + pid_h + pid_b)
 
 
 def _launch(

@@ -79,7 +79,7 @@ def _listed_score_fwd_kernel(
     if CHAINED:
         signal_row(counter_ptr + row * COUNTERS + RESCORED)
         if PDL:
-            end_in_order()
+            end_in_order(tl.program_id(0) + row)
 
 
 @triton.jit(do_not_specialize=["capacity", "dense_pages", "programs"])
@@ -125,7 +125,7 @@ def _listed_select_fwd_kernel(
     if CHAINED:
         signal_row(row_counters + CHOSEN)
         if PDL:
-            end_in_order()
+            end_in_order(row)
 
 
 def check_listed(num_supers: int, ratio: int):

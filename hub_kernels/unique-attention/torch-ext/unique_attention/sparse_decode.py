@@ -171,7 +171,7 @@ def _sparse_decode_fwd_kernel(
         split, DV, BDV, G, GP, GM, SPLITS, AT_ONCE, HAS_SINKS, AWAIT,
     )  # fmt: skip
     if PDL and AWAIT:
-        end_in_order()
+        end_in_order(split + row)
 
 
 class Launch(NamedTuple):
