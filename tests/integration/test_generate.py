@@ -271,6 +271,7 @@ def test_rows_below_a_threshold_attend_to_everything(models, kept):
         assert (found[0] == dense[0]) == (sparse != "all") and (found[1] == dense[1]) == (sparse == "none")
     with pytest.raises(ValueError, match="dense_below"):
         unique_hf.configure(model, dense_below=-1)
+    unique_hf.configure(model, dense_below=0)
 
 
 def test_generation_without_cache_runs_the_soft_mask(models):
