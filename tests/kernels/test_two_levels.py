@@ -93,7 +93,7 @@ def test_two_levels_are_the_chain_of_their_parts(case, ratio, search):
     "case", [BASE, replace(BASE, holes=True, score="minmax"), replace(BASE, K=80)], ids=lambda case: case.id
 )
 def test_a_step_refreshes_both_levels(case, search):
-    # the last case attends to everything it can hold: one launch, which appends on the side
+    # the last case attends to everything it can hold: nothing is scored, both levels are appended to
     t = case.tensors()
     config = settings(case, 4, 96 if case.K == 8 else 384)
     new = tuple(torch.randn(case.B, case.HK, 1, d, device=DEVICE).to(case.dtype) for d in (case.D, case.DV))

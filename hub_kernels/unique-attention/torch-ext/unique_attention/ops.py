@@ -230,7 +230,7 @@ def unique_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_page_ids: bool = False,
-    dense_below: int = 0,
+    dense_below: int | None = None,
     counters: Tensor | None = None,
     new: tuple[Tensor, Tensor] | None = None,
     super_stats: PageStats | None = None,
@@ -252,12 +252,12 @@ def unique_decode(
         softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
         sinks (`torch.Tensor`, *optional*): `[H]` an extra logit per head in the denominator.
         return_page_ids (`bool`, *optional*, defaults to `False`): Return `[B, HK, K]` int32 too.
-        dense_below (`int`, *optional*, defaults to 0): Rows of at most `dense_below // P` pages attend to all of
-            them; the page ids of those with more than K are `-1`.
+        dense_below (`int`, *optional*): Rows of at most `dense_below // P` pages attend to all of them; the page ids
+            of those with more than K are `-1`. `None` takes that of `config`.
         counters (`torch.Tensor`, *optional*): At least `[B * HK * ROW_COUNTERS]` int32 zeros, contiguous, left
             zeroed; spares a fill a call. One tensor per stream.
         new (`tuple`, *optional*): Keys `[B, HK, 1, D]` and values `[B, HK, 1, DV]` of this token, not
-            yet in the cache: they are appended as by [`append_tokens`], in the same launch where that is possible.
+            yet in the cache: they are appended as by [`append_tokens`].
         super_stats (`PageStats`, *optional*): Statistics of the super-pages of `k`, required where `config` has
             `super_page_size`; `new` refreshes them too.
         impl (`str`, *optional*): `"triton"` or `"reference"`.
@@ -267,10 +267,11 @@ def unique_decode(
         ValueError: shapes or dtypes do not fit.
 
     Numerics: as the parts; deterministic; lengths stay on the device; graph-safe. Three launches (scores, selection,
-    attention), five with super-pages; one where no row can have more pages than it attends to; two or three more for
-    votes that need the best score of each head; and a fill without `counters`.
+    attention), five with super-pages; one where no row can have more pages than it attends to; with `new` one more per
+    level; two or three more for votes that need the best score of each head; and a fill without `counters`.
     """
     score, upper = config.score, config.upper
+    dense_below = config.dense_below if dense_below is None else dense_below
     if new is not None and seq_lens is None:
         raise ValueError("`new` needs `seq_lens`, the slots in use with the new token included.")
     _check_levels(config, super_stats, page_table)

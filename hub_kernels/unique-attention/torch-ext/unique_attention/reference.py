@@ -73,7 +73,7 @@ def unique_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_page_ids: bool = False,
-    dense_below: int = 0,
+    dense_below: int | None = None,
     super_stats: PageStats | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Score, vote, select and attend for the newest query: one decode step of UNIQUE attention.
@@ -94,7 +94,8 @@ def unique_decode(
         softcap (`float`, *optional*): Bound of the logits.
         sinks (`torch.Tensor`, *optional*): `[H]` extra logit per head.
         return_page_ids (`bool`, *optional*, defaults to `False`): Return the kept pages too.
-        dense_below (`int`, *optional*, defaults to 0): Rows of at most `dense_below // P` pages attend to all of them.
+        dense_below (`int`, *optional*): Rows of at most `dense_below // P` pages attend to all of them; `None` takes
+            that of `config`.
         super_stats (`PageStats`, *optional*): Statistics of the super-pages of `k`, where `config` has them: only
             pages in the super-pages that are kept compete.
     Returns:
@@ -103,7 +104,7 @@ def unique_decode(
     """
     num_pages = stats.spread.shape[-1] if page_table is None else page_table.shape[1]
     rows = {"page_size": config.page_size, "seq_lens": seq_lens, "seq_starts": seq_starts}
-    dense_pages = dense_below // config.page_size
+    dense_pages = (config.dense_below if dense_below is None else dense_below) // config.page_size
     if num_pages <= max(config.num_kept, dense_pages):
         # every page of the row is kept whatever its score
         scores = torch.zeros(q.shape[0], k.shape[1], num_pages, device=q.device)

@@ -184,7 +184,8 @@ class Launch(NamedTuple):
 
 
 # by the number of rows, and for few by what they attend to: listed pages, all of a row, all of a longer one; splits
-# are at most one per tile. Of the stages of the first one goes to the page ids. Measured on an H200
+# are at most the next power of two of the tiles. Of the stages of the first one goes to the page ids. Measured on an
+# H200
 LAUNCH = {
     "many": Launch(32, 4, 2, 1),
     "more": Launch(32, 3, 2, 8),

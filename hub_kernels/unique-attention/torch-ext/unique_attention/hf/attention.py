@@ -192,7 +192,6 @@ def _decode(module, mode: Mode, query, key, value, facts, layer, call) -> torch.
             softmax_scale=call["scaling"],
             softcap=call["softcap"],
             sinks=call["s_aux"],
-            dense_below=settings.dense_below,
             return_page_ids=measure,
             **where,
         )
