@@ -17,7 +17,15 @@ from unique_attention.settings import UniqueConfig
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, so not interpreted")
 MODULES = [
     importlib.import_module(f"unique_attention.{name}")
-    for name in ("page_stats", "page_score", "page_select", "second_level", "sparse_decode")
+    for name in (
+        "page_stats",
+        "page_score",
+        "page_select",
+        "second_level",
+        "sparse_decode",
+        "dense_decode",
+        "unique_decode",
+    )  # fmt: skip
 ]
 # page size, storage, score, head dim, batch, context, super-page: many rows and few, every storage, an odd head dim
 CASES = [
@@ -63,13 +71,15 @@ def registers_and_stack(kernel, tmp_path):
     return int(registers), int(stack)
 
 
+# what attends to everything: one launch, the statistics of the new token with it
+DENSE = [(4, "int4", "scalar", 128, 1, 256, None), (8, "bf16", "diagonal", 80, 8, 512, None)]
 # a compilation takes seconds: every target for the first cases, the rest of the table in the slow lane
 TABLE = [
     pytest.param(
         case, target, id=f"{'-'.join(map(str, case))}-{target}",
         marks=() if case in CASES[:3] or target == "cuda:90" else pytest.mark.slow,
     )
-    for case in CASES
+    for case in CASES + DENSE
     for target in TARGETS
 ]  # fmt: skip
 
@@ -91,4 +101,5 @@ def test_decode_chain_compiles_within_its_budget(case, target, tmp_path):
         "_sparse_decode_fwd_kernel",
     }
     second = {"_listed_score_fwd_kernel", "_listed_select_fwd_kernel"}
-    assert names == chain | (second if case[-1] else set())
+    dense = {"_page_stats_fwd_kernel", "_dense_decode_fwd_kernel"}
+    assert names == (dense if case in DENSE else chain | (second if case[-1] else set()))

@@ -99,6 +99,11 @@ def test_what_does_not_fit_is_refused():
         ops.unique_decode(t["q"], *parts, **call, new=new)
     with pytest.raises(ValueError, match="new values .* do not fit the cache"):
         ops.unique_decode(t["q"], *parts, **call, new=(new[1], new[1].half()))
+    two = new[1].expand(2, 2, 2, 64).contiguous()
+    with pytest.raises(ValueError, match="expected new keys of one token for each of 2 rows"):
+        ops.unique_decode(t["q"], *parts, **call, new=(two, two))
+    with pytest.raises(ValueError, match="expected new values of one token for each of 2 rows"):
+        ops.unique_decode(t["q"], *parts, **call, new=(new[1], new[1][:1]))
     with pytest.raises(ValueError, match="`score` must be one of"):
         ops.append_tokens(
             *parts, new[1], new[1], t["seq_lens"], page_size=4, score="nope", stats_dtype="fp32", impl="triton"

@@ -138,11 +138,17 @@ def check_query(q: Tensor, k: Tensor, batch: int):
         raise ValueError(f"`q` {list(q.shape)} does not fit {batch} rows of keys with head dim {k.shape[-1]}.")
 
 
-def check_new(cache: Tensor, new: Tensor, name: str):
+def check_new(cache: Tensor, new: Tensor, name: str, rows: int | None = None):
+    """Refuses new keys or values that do not fit a cache, or with `rows` are not one token for each of them."""
     if cache.dtype != new.dtype or cache.shape[-1] != new.shape[-1] or cache.shape[1] != new.shape[1]:
         raise ValueError(
             f"new {name} {list(new.shape)} {new.dtype} do not fit the cache {list(cache.shape)} {cache.dtype}: "
             "heads, head dim and dtype must agree."
+        )
+    if rows is not None and (new.shape[0], new.shape[2]) != (rows, 1):
+        raise ValueError(
+            f"expected new {name} of one token for each of {rows} rows, got {list(new.shape)}; append several tokens "
+            "with `append_tokens`."
         )
 
 

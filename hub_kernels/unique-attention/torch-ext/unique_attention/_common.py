@@ -78,6 +78,14 @@ def page_strides(tensor: torch.Tensor, paged: bool) -> tuple[int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
+def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
+    """Tensors and strides of the statistics, as the kernels take them."""
+    codes, scales, spread = stats
+    scale_strides = (0, 0, 0, 0) if scales is None else (*page_strides(scales, paged), scales.stride(-2))
+    tensors = (codes.view(torch.uint8) if stats_dtype == "fp8" else codes, scales, spread)
+    return tensors, (*page_strides(codes, paged), codes.stride(-2), *scale_strides, *page_strides(spread, paged))
+
+
 def token_strides(tensor: torch.Tensor, paged: bool, page_size: int) -> tuple[int, int, int, int]:
     """Strides (row, head, page, token) of a cache `[B, HK, S, D]`; with a page table `[num_pages, HK, P, D]`."""
     if paged:
@@ -167,7 +175,7 @@ def physical_page(table_ptr, stride_table, b, pages, mask, HAS_TABLE: tl.constex
     """Physical ids (int64) of logical pages of row `b`."""
     physical = pages
     if HAS_TABLE:
-        physical = tl.load(table_ptr + b * stride_table + pages, mask=mask, other=0)
+        physical = tl.load(table_ptr + b * stride_table + pages, mask=mask, other=0, cache_modifier=".cg")
     return physical.to(tl.int64)
 
 

@@ -20,7 +20,6 @@ from ._common import (
     SCALAR,
     decode_fp8,
     int4_dims,
-    physical_page,
 )
 
 # how the heads of a group vote; the kernels branch on these at compile time
@@ -149,12 +148,13 @@ def prepare_query(
 
 
 @triton.jit
-def dot_pages(
-    qa, qb, qc, qd, codes_ptr, scales_ptr, offs_pc, offs_ps, mask_page,
+def load_pages(
+    codes_ptr, scales_ptr, offs_pc, offs_ps, mask_page,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    KIND: tl.constexpr, SQUARED: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    KIND: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """`query . page vector` (its square if `SQUARED`) for `[BLOCK_N]` pages, float32; the query comes prepared."""
+    """Vectors of `[BLOCK_N]` pages as they are stored, and their scales (zeros for kinds without)."""
+    scales = tl.zeros(offs_pc.shape, tl.float32)
     if DP4A and KIND == INT8:
         offs_w = tl.arange(0, BD // 4)
         codes = tl.load(
@@ -162,44 +162,61 @@ def dot_pages(
             mask=mask_page[:, None] & (offs_w < D // 4)[None, :],
             other=0,
         )
-        page_scale = tl.load(scales_ptr + offs_ps, mask=mask_page, other=0.0).to(tl.float32)
-        products = _dot4_wide(codes, qa[None, :], qb[None, :])
-        dot = tl.sum(products, axis=1).to(tl.float32) * (page_scale * qc)
     elif DP4A and KIND == INT4:
-        # groups of 32 dims are 4 words of codes
+        # groups of 32 dims are 4 words of codes; they come first so that lanes beside each other read one page
         offs_g = tl.arange(0, BD // 32)
-        mask = mask_page[:, None] & (offs_g < NG)[None, :]
-        words = (offs_pc // 4)[:, None, None] + offs_g[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-        packed = tl.load(codes_ptr.to(tl.pointer_type(tl.int32)) + words, mask=mask[:, :, None], other=0)
-        group_scale = tl.load(scales_ptr + offs_ps[:, None] + offs_g[None, :], mask=mask, other=0.0).to(tl.float32)
-        products = tl.sum(_dot8_nibbles(packed, qa[None], qb[None]), axis=2) - qd[None, :]  # [BLOCK_N, groups]
-        dot = tl.sum(products.to(tl.float32) * (group_scale * qc[None, :]), axis=1)
+        mask = (offs_g < NG)[:, None] & mask_page[None, :]
+        words = offs_g[:, None, None] * 4 + (offs_pc // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+        codes = tl.load(codes_ptr.to(tl.pointer_type(tl.int32)) + words, mask=mask[:, :, None], other=0)
+        scales = tl.load(scales_ptr + offs_g[:, None] + offs_ps[None, :], mask=mask, other=0.0)
     elif KIND == INT4:
         offs_c = tl.arange(0, BC)
-        packed = tl.load(
-            codes_ptr + offs_pc[:, None] + offs_c[None, :], mask=mask_page[:, None] & (offs_c < C)[None, :], other=0
-        ).to(tl.int32)
-        dot = tl.zeros(offs_pc.shape, tl.float32)
-        for half in tl.static_range(2):
-            dims = int4_dims(offs_c, half, C)
-            mask = mask_page[:, None] & ((offs_c < C) & (dims < D))[None, :]
-            group_scale = tl.load(scales_ptr + offs_ps[:, None] + (dims // 32)[None, :], mask=mask, other=0.0)
-            vector = (((packed >> (4 * half)) & 15) - 8).to(tl.float32) * group_scale.to(tl.float32)
-            if SQUARED:
-                vector = vector * vector
-            dot += tl.sum(vector * (qa if half == 0 else qb)[None, :], axis=1)
+        mask = mask_page[:, None] & (offs_c < C)[None, :]
+        codes = tl.load(codes_ptr + offs_pc[:, None] + offs_c[None, :], mask=mask, other=0)
+        scales = tl.load(scales_ptr + offs_ps[:, None] + (offs_c // 16)[None, :], mask=mask, other=0.0)
     else:
         offs_d = tl.arange(0, BD)
         codes = tl.load(
             codes_ptr + offs_pc[:, None] + offs_d[None, :], mask=mask_page[:, None] & (offs_d < D)[None, :], other=0
         )
+    if KIND == FP8 or KIND == INT8:
+        scales = tl.load(scales_ptr + offs_ps, mask=mask_page, other=0.0)
+    return codes, scales
+
+
+@triton.jit
+def dot_pages(
+    qa, qb, qc, qd, codes, scales,
+    D: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
+    KIND: tl.constexpr, SQUARED: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """`query . page vector` (its square if `SQUARED`) of `[BLOCK_N]` loaded pages, float32."""
+    scales = scales.to(tl.float32)
+    if DP4A and KIND == INT8:
+        products = _dot4_wide(codes, qa[None, :], qb[None, :])
+        dot = tl.sum(products, axis=1).to(tl.float32) * (scales * qc)
+    elif DP4A and KIND == INT4:
+        products = _dot8_nibbles(codes, qa[:, None, :], qb[:, None, :])
+        products = tl.sum(products, axis=2) - qd[:, None]  # [groups, BLOCK_N]
+        dot = tl.sum(products.to(tl.float32) * (scales * qc[:, None]), axis=0)
+    elif KIND == INT4:
+        offs_c = tl.arange(0, BC)
+        packed = codes.to(tl.int32)
+        dot = tl.zeros(packed.shape[:1], tl.float32)
+        for half in tl.static_range(2):
+            vector = (((packed >> (4 * half)) & 15) - 8).to(tl.float32) * scales
+            # an odd number of dims leaves a nibble over
+            vector = tl.where(((offs_c < C) & (int4_dims(offs_c, half, C) < D))[None, :], vector, 0.0)
+            if SQUARED:
+                vector = vector * vector
+            dot += tl.sum(vector * (qa if half == 0 else qb)[None, :], axis=1)
+    else:
         vector = decode_fp8(codes, NATIVE_FP8) if KIND == FP8 else codes.to(tl.float32)
         if SQUARED:
             vector = vector * vector
         dot = tl.sum(vector * qa[None, :], axis=1)
         if KIND == FP8 or KIND == INT8:
-            page_scale = tl.load(scales_ptr + offs_ps, mask=mask_page, other=0.0).to(tl.float32)
-            dot = dot * (page_scale * page_scale if SQUARED else page_scale)
+            dot = dot * (scales * scales if SQUARED else scales)
     return dot
 
 
@@ -226,25 +243,19 @@ def _prepare_head(
 
 @triton.jit
 def _head_score(
-    a, b, c, d, e, f, g, h, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps, spread, inside,
-    weight, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
+    a, b, c, d, e, f, g, h, norm, codes, scales, spread, second_codes, second_scales, weight,
+    D: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
     KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 2 from what `_prepare_head` gave."""
-    score = dot_pages(
-        a, b, c, d, codes_ptr, scales_ptr, offs_pc, offs_ps, inside, D, BD, C, BC, NG, KIND, False, DP4A, NATIVE_FP8
-    )
+    """Eq. 2 from what `_prepare_head` and `load_pages` gave."""
+    score = dot_pages(a, b, c, d, codes, scales, D, C, BC, KIND, False, DP4A, NATIVE_FP8)
     if FORM == SCALAR:
-        score += spread * (weight * norm)
+        score += spread.to(tl.float32) * (weight * norm)
     elif FORM != MEAN:
-        second_scales = scales_ptr
-        if KIND >= FP8:
-            second_scales += stride_sv
         squared: tl.constexpr = FORM == DIAGONAL or FORM == MOMENT
         offset = dot_pages(
-            e, f, g, h, codes_ptr + stride_cv, second_scales, offs_pc, offs_ps, inside,
-            D, BD, C, BC, NG, KIND, squared, DP4A and not squared, NATIVE_FP8,
-        )  # fmt: skip
+            e, f, g, h, second_codes, second_scales, D, C, BC, KIND, squared, DP4A and not squared, NATIVE_FP8
+        )
         if FORM == DIAGONAL:
             offset = tl.sqrt(offset)
         score += offset if FORM == MINMAX else weight * offset
@@ -267,28 +278,47 @@ def prepare_group(
 
 
 @triton.jit
-def score_pages(
-    qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr, raw_ptr, table_ptr,
-    stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_raw, stride_table,
-    row, head, pages, inside, num_pages, weight, scale,
-    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, HAS_TABLE: tl.constexpr, DP4A: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+def load_block(
+    codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, physical, inside,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 2 and 3 for some pages of a row, `-inf` where not `inside`; the query comes from `prepare_group`.
+    """What every score needs of pages `physical` of those that the pointers stand at: codes, scales, spread."""
+    codes, scales = load_pages(
+        codes_ptr, scales_ptr, physical * stride_cp, physical * stride_sp, inside, D, BD, C, BC, NG, KIND, DP4A
+    )
+    spread = tl.zeros(inside.shape, tl.float32)
+    if FORM == SCALAR:
+        spread = tl.load(spread_ptr + physical * stride_dp, mask=inside, other=0.0)
+    return codes, scales, spread
 
-    A vote that needs the best score of each head first leaves the scores of each head in `raw`.
+
+@triton.jit
+def score_pages(
+    qa, qb, qc, qd, qe, qf, qg, qh, norm, codes, scales, spread, q_ptr, codes_ptr, scales_ptr, raw_ptr,
+    stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_raw,
+    head, pages, physical, inside, num_pages, weight, scale,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """Eq. 2 and 3 for some pages of a row, `-inf` where not `inside`.
+
+    The query comes from `prepare_group`, the pages from `load_block`. A vote that needs the best score of each head
+    first leaves the scores of each head in `raw`.
     """
     weight = tl.full((), weight, tl.float32)
-    physical = physical_page(table_ptr, stride_table, row, pages, inside, HAS_TABLE)
-    offs_pc = physical * stride_cp
-    offs_ps = physical * stride_sp
-    spread = tl.zeros(pages.shape, tl.float32)
-    if FORM == SCALAR:
-        spread = tl.load(spread_ptr + physical * stride_dp, mask=inside, other=0.0).to(tl.float32)
+    second, second_scales = codes, scales
+    if FORM != MEAN and FORM != SCALAR:
+        if KIND >= FP8:
+            scales_ptr += stride_sv
+        # squares of codes do not fit the integer products
+        second, second_scales = load_pages(
+            codes_ptr + stride_cv, scales_ptr, physical * stride_cp, physical * stride_sp, inside,
+            D, BD, C, BC, NG, KIND, DP4A and FORM != DIAGONAL and FORM != MOMENT,
+        )  # fmt: skip
     best = _head_score(
-        qa, qb, qc, qd, qe, qf, qg, qh, norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc, offs_ps,
-        spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
+        qa, qb, qc, qd, qe, qf, qg, qh, norm, codes, scales, spread, second, second_scales, weight,
+        D, C, BC, KIND, FORM, DP4A, NATIVE_FP8,
     )  # fmt: skip
     if VOTE != VOTE_MEAN or FORM == DIAGONAL:
         if VOTE >= VOTE_SOFTMAX_MEAN:
@@ -298,8 +328,8 @@ def score_pages(
                 q_ptr, stride_qh, stride_qd, head * G + g, scale, D, BD, C, BC, NG, 1, KIND, FORM, DP4A
             )
             score = _head_score(
-                a, b, c, d, e, f, gg, h, other_norm, codes_ptr, stride_cv, scales_ptr, stride_sv, offs_pc,
-                offs_ps, spread, inside, weight, D, BD, C, BC, NG, KIND, FORM, DP4A, NATIVE_FP8,
+                a, b, c, d, e, f, gg, h, other_norm, codes, scales, spread, second, second_scales, weight,
+                D, C, BC, KIND, FORM, DP4A, NATIVE_FP8,
             )  # fmt: skip
             if VOTE == VOTE_MAX:
                 best = tl.maximum(best, score)

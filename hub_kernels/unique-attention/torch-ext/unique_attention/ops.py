@@ -296,8 +296,8 @@ def unique_decode(
                 f"{config.page_size}."
             )
     if new is not None:
-        check_new(k, new[0], "keys")
-        check_new(v, new[1], "values")
+        check_new(k, new[0], "keys", rows=q.shape[0])
+        check_new(v, new[1], "values", rows=q.shape[0])
     check_counters(counters, q.shape[0] * k.shape[1], q.device)
     slots = k.shape[2] if page_table is None else page_table.shape[1] * config.page_size
     rows = kernel_rows(slots, seq_lens, seq_starts, token_mask, page_table)

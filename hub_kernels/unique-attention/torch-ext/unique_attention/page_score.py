@@ -15,16 +15,17 @@ from ._common import (
     FP8,
     KIND,
     SCORED,
-    page_strides,
+    physical_page,
     prefetch,
     row_end,
     row_length,
     row_start,
     signal_row,
+    stats_arguments,
     stride_of,
     target_of,
 )
-from ._page_dot import VOTE, VOTE_MAX, VOTE_MEAN, VOTE_SOFTMAX_MEAN, prepare_group, score_pages
+from ._page_dot import VOTE, VOTE_MAX, VOTE_MEAN, VOTE_SOFTMAX_MEAN, load_block, prepare_group, score_pages
 from .page_select import store_peaks
 
 
@@ -38,20 +39,62 @@ def score_blocks(
     KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, HAS_TABLE: tl.constexpr,
     DP4A: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 2 and 3 for pages `begin .. stop - 1` of a row, in blocks of `BLOCK_N`; the pointers are the row's."""
-    for block in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
-        pages = block + tl.arange(0, BLOCK_N)
-        inside = (pages >= first_page) & (pages < last_page)
-        best = score_pages(
-            qa, qb, qc, qd, qe, qf, qg, qh, norm, q_ptr, codes_ptr, scales_ptr, spread_ptr, out_ptr, table_ptr,
-            stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, stride_og, stride_table,
-            row, head, pages, inside, num_pages, weight, scale,
-            D, BD, C, BC, NG, G, KIND, FORM, VOTE, HAS_TABLE, DP4A, NATIVE_FP8,
+    """Eq. 2 and 3 for pages `begin .. stop - 1` of a row, in blocks of `BLOCK_N`; the pointers are the row's.
+
+    With `STAGES` 0 a block is loaded into registers while the one before it is scored.
+    """
+    offs = tl.arange(0, BLOCK_N)
+    physical = offs
+    if not HAS_TABLE:
+        # pages lie in order: the pointers go on with the blocks, and 32 bits are enough from there
+        first = tl.cast(begin, tl.int64)
+        codes_ptr += first * stride_cp
+        spread_ptr += first * stride_dp
+        if KIND >= FP8:
+            scales_ptr += first * stride_sp
+    if STAGES == 0:
+        inside = (begin + offs >= first_page) & (begin + offs < last_page)
+        if HAS_TABLE:
+            physical = physical_page(table_ptr, stride_table, row, begin + offs, inside, True)
+        next_codes, next_scales, next_spread = load_block(
+            codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, physical, inside,
+            D, BD, C, BC, NG, KIND, FORM, DP4A,
         )  # fmt: skip
+    for block in tl.range(begin, stop, BLOCK_N, num_stages=max(STAGES, 1)):
+        pages = block + offs
+        inside = (pages >= first_page) & (pages < last_page)
+        if HAS_TABLE:
+            physical = physical_page(table_ptr, stride_table, row, pages, inside, True)
+        if STAGES == 0:
+            codes, scales, spread = next_codes, next_scales, next_spread
+            later = (pages + BLOCK_N >= first_page) & (pages + BLOCK_N < stop)
+            following = offs + BLOCK_N
+            if HAS_TABLE:
+                following = physical_page(table_ptr, stride_table, row, pages + BLOCK_N, later, True)
+            next_codes, next_scales, next_spread = load_block(
+                codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, following, later,
+                D, BD, C, BC, NG, KIND, FORM, DP4A,
+            )  # fmt: skip
+        else:
+            codes, scales, spread = load_block(
+                codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, physical, inside,
+                D, BD, C, BC, NG, KIND, FORM, DP4A,
+            )  # fmt: skip
+        best = score_pages(
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, codes, scales, spread, q_ptr, codes_ptr, scales_ptr, out_ptr,
+            stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_og,
+            head, pages, physical, inside, num_pages, weight, scale,
+            D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A, NATIVE_FP8,
+        )  # fmt: skip
+        if not HAS_TABLE:
+            codes_ptr += BLOCK_N * stride_cp
+            spread_ptr += BLOCK_N * stride_dp
+            if KIND >= FP8:
+                scales_ptr += BLOCK_N * stride_sp
         if VOTE == VOTE_MEAN or VOTE == VOTE_MAX:
             tl.store(out_ptr + pages, best, mask=pages < num_pages)
             if GS > 1:
-                store_peaks(peaks_ptr, best, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
+                store_peaks(peaks_ptr, best, block, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=[
@@ -173,16 +216,18 @@ def _page_vote_fwd_kernel(
 
 
 # programs per multiprocessor up to which the launch before is worth a prefetch
-PREFETCHED = 40
-# pages per block at head dim 128, warps, blocks per program where programs are many, depth of the loads' pipeline;
-# measured on an H200
+PREFETCHED = 8
+# pages per block at head dim 128, warps, blocks per program, depth of the loads' pipeline (0: registers); where
+# programs are many, few, very few; measured on an H200
 SCORE_LAUNCH = {
-    "fp32": (32, 4, 1, 1), "bf16": (32, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (32, 1, 8, 3), "int4": (32, 1, 8, 2),
+    "fp32": (32, 4, 1, 1), "bf16": (32, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (32, 1, 8, 0), "int4": (32, 1, 8, 0),
 }  # fmt: skip
-# the same where programs are few
-FEW_LAUNCH = {"fp32": (32, 4, 1, 1), "bf16": (32, 4, 1, 1)}
+FEW_LAUNCH = {"bf16": (32, 4, 1, 1), "fp8": (64, 1, 1, 1), "int8": (32, 1, 2, 0), "int4": (32, 1, 2, 0)}
+FEWEST_LAUNCH = {"int8": (32, 1, 1, 1), "int4": (32, 1, 1, 1)}
 # codes that are unpacked to float32, for want of dp4a or of whole groups: more threads, or the vectors spill
 UNPACKED_LAUNCH = (32, 4, 1, 1)
+# pages per block and warps for pages of listed super-pages
+LISTED_LAUNCH = {"fp32": (32, 4), "bf16": (32, 4)}
 
 
 class Scoring(NamedTuple):
@@ -194,8 +239,8 @@ class Scoring(NamedTuple):
     blocks: int
     stages: int
     per_head: bool
-    # pages per program and warps where programs are few
-    few: tuple[int, int]
+    # pages per program and warps for pages of listed super-pages
+    listed: tuple[int, int]
 
 
 def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Scoring:
@@ -216,24 +261,19 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     rows = q.shape[0] * num_kv_heads
     squared = score in ("diagonal", "moment")
     unpacked = stats_dtype in ("int8", "int4") and (squared or not constants["DP4A"])
-    block_n, num_warps, blocks, stages = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
-    if stats_dtype == "int4" and not unpacked:
-        share = rows * num_pages // target.num_sms
-        blocks = 4 if share <= 4_000 else 8 if share <= 20_000 else 16
-    few = UNPACKED_LAUNCH if unpacked else FEW_LAUNCH.get(stats_dtype, (64, 1, 1, 1))
-    # the query is prepared once per program: several blocks each, where programs are many
-    if per_head or rows * num_pages < 8 * target.num_sms * block_n * blocks:
-        block_n, num_warps, blocks, stages = few
-    block_n, few_n = (max(16, n * 128 // max(block_d, 64)) for n in (block_n, few[0]))
-    return Scoring(constants, block_n, num_warps, blocks, stages, per_head, (few_n, few[1]))
-
-
-def stats_arguments(stats, stats_dtype: str, paged: bool) -> tuple:
-    """Tensors and strides of the statistics, as the kernels take them."""
-    codes, scales, spread = stats
-    scale_strides = (0, 0, 0, 0) if scales is None else (*page_strides(scales, paged), scales.stride(-2))
-    tensors = (codes.view(torch.uint8) if stats_dtype == "fp8" else codes, scales, spread)
-    return tensors, (*page_strides(codes, paged), codes.stride(-2), *scale_strides, *page_strides(spread, paged))
+    launch = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
+    listed = launch[:2] if unpacked else LISTED_LAUNCH.get(stats_dtype, (64, 1))
+    share = rows * num_pages // target.num_sms
+    if launch[3] == 0:
+        # the query is prepared once per program: more blocks each, where programs are many
+        launch = (*launch[:2], 4 if share <= 4_000 else 8 if share <= 20_000 else 16, 0)
+    if not unpacked and (per_head or share < 8 * launch[0] * launch[2]):
+        launch = FEW_LAUNCH.get(stats_dtype, launch)
+        if share <= 128:
+            launch = FEWEST_LAUNCH.get(stats_dtype, launch)
+    block_n, num_warps, blocks, stages = launch
+    block_n, listed_n = (max(16, n * 128 // max(block_d, 64)) for n in (block_n, listed[0]))
+    return Scoring(constants, block_n, num_warps, blocks, stages, per_head, (listed_n, listed[1]))
 
 
 def launch_scores(
@@ -249,6 +289,8 @@ def launch_scores(
     batch, num_kv_heads, num_pages = out.shape[0], out.shape[1], out.shape[-1]
     tensors, strides = stats_arguments(stats, stats_dtype, paged)
     programs = triton.cdiv(num_pages, scoring.block_n * scoring.blocks)
+    # what is asked for in one piece is a row's own
+    packed = not paged and stats.codes[0, 0].is_contiguous()
     _page_score_fwd_kernel[(programs, num_kv_heads, batch)](
         q, *tensors, out, peaks, counters, seq_lens, seq_starts, page_table,
         q.stride(0), q.stride(1), q.stride(-1), *strides,
@@ -260,7 +302,7 @@ def launch_scores(
         BLOCK_N=scoring.block_n, BLOCKS=scoring.blocks, STAGES=scoring.stages,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None, HAS_TABLE=paged,
         SELECTING=dense_pages is not None, SIGNAL=counters is not None,
-        PREFETCH=pdl and not paged and programs * num_kv_heads * batch <= PREFETCHED * target_of(q.device).num_sms,
+        PREFETCH=pdl and packed and programs * num_kv_heads * batch <= PREFETCHED * target_of(q.device).num_sms,
         PDL=pdl,
         num_warps=scoring.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -35,6 +35,8 @@ HIGHEST = tl.constexpr(2147483647)
 MAX_CANDIDATES = 16384
 # rows of at most this many pages are searched without groups
 MAX_SINGLE = 1024
+# comparisons of a thread in one pass of a search
+COMPARED = 16
 
 
 @triton.jit
@@ -58,88 +60,73 @@ def load_keys(values_ptr, index, mask):
 
 
 @triton.jit
-def _fifth(low, high, part: tl.constexpr, linear):
-    """The key `part` fifths of the way from `low` to `high`: of the values if `linear`, else of the keys."""
-    key = low + tl.maximum(high // 5 - low // 5, 1) * part
+def _extremes(top, low, count, other_top, other_low, other_count):
+    """Combines what `_search` begins with."""
+    return tl.maximum(top, other_top), tl.minimum(low, other_low), count + other_count
+
+
+@triton.jit
+def _bounds(keys):
+    """Greatest and least key, and how many there are; the lowest is none."""
+    found = keys > LOWEST
+    return tl.reduce((keys, tl.where(found, keys, HIGHEST), found.to(tl.int32)), 0, _extremes)
+
+
+@triton.jit
+def _thresholds(low, high, linear, THRESHOLDS: tl.constexpr):
+    """Keys in equal steps between `low` and `high`: steps of the values if `linear`, else of the keys."""
+    part = tl.arange(0, THRESHOLDS) + 1
+    key = low + tl.maximum(high // (THRESHOLDS + 1) - low // (THRESHOLDS + 1), 1) * part
     bottom = _unordered(low)
-    step = 0.2 * (_unordered(high - 1) - bottom)
-    # infinities and their differences have no fifths
-    if linear & (step >= 0.0) & (step < float("inf")):
-        key = ordered(bottom + step * part + 0.0)
+    step = (_unordered(high - 1) - bottom) * (1.0 / (THRESHOLDS + 1))
+    # infinities and their differences have no parts
+    key = tl.where(linear & (step >= 0.0) & (step < float("inf")), ordered(bottom + step * part + 0.0), key)
     return tl.minimum(tl.maximum(key, low + 1), high - 1)
 
 
 @triton.jit
-def _count_four(keys, a, b, c, d):
-    """How many keys, at most 32767, reach each of four thresholds: one sum, 16 bits each."""
-    few = (keys >= a).to(tl.int32) + ((keys >= b).to(tl.int32) << 16)
-    more = (keys >= c).to(tl.int32) + ((keys >= d).to(tl.int32) << 16)
-    total = tl.sum(few.to(tl.int64) + (more.to(tl.int64) << 32), axis=0)
-    few = total.to(tl.int32)
-    more = (total >> 32).to(tl.int32)
-    return few & 0xFFFF, few >> 16, more & 0xFFFF, more >> 16
+def _count(keys, thresholds):
+    """How many keys reach each threshold."""
+    return tl.sum((keys[:, None] >= thresholds[None, :]).to(tl.int32), axis=0)
 
 
 @triton.jit
-def _search(keys, values_ptr, begin, end, wanted, enough, TILE: tl.constexpr, SINGLE: tl.constexpr):
+def _search(
+    keys, values_ptr, begin, end, wanted, enough,
+    TILE: tl.constexpr, SINGLE: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """Where to cut so that `wanted` to `enough` keys are taken, or, if ties forbid it, the key that must be shared.
 
-    Returns a key and how many keys exceed it: those are taken, and of the keys equal to it as many as are still
-    wanted. `keys` are the first `TILE` of `begin .. end - 1`; fewer than `wanted` are all taken.
+    Returns a key, how many keys exceed it, which are taken, and how many of those equal to it are. `keys` are the
+    first `TILE` of `begin .. end - 1`; fewer than `wanted` are all taken. A pass compares about `AT_ONCE` keys with
+    thresholds.
     """
+    THRESHOLDS: tl.constexpr = max(4, min(32, AT_ONCE // TILE))
     offs = tl.arange(0, TILE)
-    top = tl.max(keys, axis=0)
-    low = tl.min(tl.where(keys > LOWEST, keys, HIGHEST), axis=0)
-    reach_low = tl.sum((keys > LOWEST).to(tl.int32), axis=0)
+    top, low, reach_low = _bounds(keys)
     if not SINGLE:
         for tile in range(begin + TILE, end, TILE):
-            more = load_keys(values_ptr, tile + offs, tile + offs < end)
-            top = tl.maximum(top, tl.max(more, axis=0))
-            low = tl.minimum(low, tl.min(tl.where(more > LOWEST, more, HIGHEST), axis=0))
-            reach_low += tl.sum((more > LOWEST).to(tl.int32), axis=0)
+            more = _bounds(load_keys(values_ptr, tile + offs, tile + offs < end))
+            top, low, reach_low = _extremes(top, low, reach_low, more[0], more[1], more[2])
     high = top + 1
     reach_high = tl.full((), 0, tl.int32)
     trial = tl.full((), 0, tl.int32)
     while (reach_low > enough) & (low < high - 1):
         # most values are told apart soonest by equal steps, those bunched beside an outlier by the order of the keys
-        linear = (trial & 1) == 0
+        thresholds = _thresholds(low, high, (trial & 1) == 0, THRESHOLDS)
         trial += 1
-        # a bound may round beyond the next one, which does no harm: each is judged by its own count
-        a = _fifth(low, high, 1, linear)
-        b = _fifth(low, high, 2, linear)
-        c = _fifth(low, high, 3, linear)
-        d = _fifth(low, high, 4, linear)
-        na, nb, nc, nd = _count_four(keys, a, b, c, d)
+        reach = _count(keys, thresholds)
         if not SINGLE:
             for tile in range(begin + TILE, end, TILE):
-                ma, mb, mc, md = _count_four(load_keys(values_ptr, tile + offs, tile + offs < end), a, b, c, d)
-                na += ma
-                nb += mb
-                nc += mc
-                nd += md
-        if nd >= wanted:
-            low = d
-            reach_low = nd
-        elif nc >= wanted:
-            low = c
-            reach_low = nc
-            high = d
-            reach_high = nd
-        elif nb >= wanted:
-            low = b
-            reach_low = nb
-            high = c
-            reach_high = nc
-        elif na >= wanted:
-            low = a
-            reach_low = na
-            high = b
-            reach_high = nb
-        else:
-            high = a
-            reach_high = na
+                reach += _count(load_keys(values_ptr, tile + offs, tile + offs < end), thresholds)
+        # thresholds may be rounded out of order, which does no harm: each is judged by its own count
+        met = reach >= wanted
+        low = tl.max(tl.where(met, thresholds, low), axis=0)
+        high = tl.min(tl.where(met, high, thresholds), axis=0)
+        reach_low = tl.min(tl.where(met, reach, reach_low), axis=0)
+        reach_high = tl.max(tl.where(met, reach_high, reach), axis=0)
     tie = reach_low > enough
-    return tl.where(tie, low, low - 1), tl.where(tie, reach_high, reach_low)
+    return tl.where(tie, low, low - 1), tl.where(tie, reach_high, reach_low), tl.where(tie, enough - reach_high, 0)
 
 
 @triton.jit
@@ -158,10 +145,10 @@ def _positions(keys, key, tied, num_above, num_tied):
 
 
 @triton.jit
-def store_best(keys, pages, ids_ptr, wanted, TILE: tl.constexpr):
+def store_best(keys, pages, ids_ptr, wanted, TILE: tl.constexpr, AT_ONCE: tl.constexpr):
     """The `wanted` best of some pages, which come in ascending order."""
-    key, above = _search(keys, ids_ptr, 0, 0, wanted, wanted, TILE, True)
-    take, pos, _, _ = _positions(keys, key, wanted - above, 0, 0)
+    key, _, tied = _search(keys, ids_ptr, 0, 0, wanted, wanted, TILE, True, AT_ONCE)
+    take, pos, _, _ = _positions(keys, key, tied, 0, 0)
     tl.store(ids_ptr + pos, pages, mask=take)
 
 
@@ -180,7 +167,7 @@ def store_forced(
 def select_row(
     scores_ptr, peaks_ptr, ids_ptr, groups_ptr, first_page, last_page,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr,
+    GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, SINGLE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4 for a row of more than `K` pages: writes their ids.
 
@@ -194,21 +181,21 @@ def select_row(
     if GS == 1:
         pages = begin + tl.arange(0, TILE)
         keys = load_keys(scores_ptr, pages, pages < end)
-        store_best(keys, pages, ids_ptr + SINK, wanted, TILE)
+        store_best(keys, pages, ids_ptr + SINK, wanted, TILE, AT_ONCE)
     else:
         # the groups that can hold a page to keep
         first_group = begin // GS
         last_group = tl.cdiv(end, GS)
         offs = tl.arange(0, TILE)
         peaks = load_keys(peaks_ptr, first_group + offs, first_group + offs < last_group)
-        key, above = _search(peaks, peaks_ptr, first_group, last_group, wanted, GROUPS, TILE, SINGLE)
+        key, above, tied = _search(peaks, peaks_ptr, first_group, last_group, wanted, GROUPS, TILE, SINGLE, AT_ONCE)
         num_above = 0
         num_tied = 0
         for tile in range(first_group, tl.minimum(last_group, first_group + TILE) if SINGLE else last_group, TILE):
             peaks = load_keys(peaks_ptr, tile + offs, tile + offs < last_group)
-            take, pos, num_above, num_tied = _positions(peaks, key, GROUPS - above, num_above, num_tied)
+            take, pos, num_above, num_tied = _positions(peaks, key, tied, num_above, num_tied)
             tl.store(groups_ptr + pos, tile + offs, mask=take)
-        num_groups = num_above + tl.minimum(num_tied, GROUPS - above)
+        num_groups = above + tied
         tl.debug_barrier()
         # the pages of those groups, in ascending order
         offs_c = tl.arange(0, GROUPS * GS)
@@ -216,7 +203,7 @@ def select_row(
         pages = group * GS + offs_c % GS
         inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
         keys = load_keys(scores_ptr, pages, inside)
-        store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS)
+        store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS, AT_ONCE)
 
 
 @triton.jit
@@ -228,11 +215,12 @@ def list_all(ids_ptr, first_page, count, K: tl.constexpr, BLOCK_K: tl.constexpr)
 
 
 @triton.jit
-def store_peaks(peaks_ptr, scores, pages, begin, end, num_pages, GS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The best score of every `GS` neighbouring pages among the candidates `begin .. end - 1`."""
+def store_peaks(peaks_ptr, scores, first, begin, end, num_pages, GS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The best score of every `GS` pages from `first` (a multiple of `GS`) on, candidates `begin .. end - 1` only."""
+    pages = first + tl.arange(0, BLOCK_N)
     candidates = tl.where((pages >= begin) & (pages < end), scores, float("-inf"))
     best = tl.max(tl.reshape(candidates, (BLOCK_N // GS, GS)), axis=1)
-    groups = tl.min(tl.reshape(pages, (BLOCK_N // GS, GS)), axis=1) // GS
+    groups = first // GS + tl.arange(0, BLOCK_N // GS)
     tl.store(peaks_ptr + groups, best, mask=groups * GS < num_pages)
 
 
@@ -248,12 +236,13 @@ def _page_peaks_fwd_kernel(
     pid_b = tl.program_id(2).to(tl.int64)
     last_page = tl.cdiv(row_end(len_ptr, stride_len, pid_b, num_pages * P, HAS_LENS), P)
     first_page = row_start(start_ptr, stride_start, pid_b, HAS_STARTS) // P
-    pages = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * BLOCK_N
+    pages = first + tl.arange(0, BLOCK_N)
     scores = tl.load(
         scores_ptr + pid_b * stride_sb + pid_h * stride_sh + pages, mask=pages < num_pages, other=float("-inf")
     )
     row_peaks = peaks_ptr + pid_b * stride_pb + pid_h * stride_ph
-    store_peaks(row_peaks, scores, pages, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
+    store_peaks(row_peaks, scores, first, first_page + SINK, last_page - RECENT, num_pages, GS, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["capacity", "dense_pages", "programs"])
@@ -263,7 +252,7 @@ def _page_select_fwd_kernel(
     capacity, dense_pages, programs,
     P: tl.constexpr, RATIO: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr, GS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    SINGLE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    SINGLE: tl.constexpr, AT_ONCE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     AWAIT: tl.constexpr, SIGNAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4. Program `(kv head, row)` writes its `K` page ids.
@@ -294,7 +283,7 @@ def _page_select_fwd_kernel(
         select_row(
             scores_ptr + pid_b * stride_sb + pid_h * stride_sh, peaks_ptr + pid_b * stride_pb + pid_h * stride_ph,
             row_ids, groups_ptr + row * GROUPS,
-            first_page, last_page, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE,
+            first_page, last_page, K, BLOCK_K, SINK, RECENT, GS, GROUPS, TILE, SINGLE, AT_ONCE,
         )  # fmt: skip
     if SIGNAL:
         signal_row(counter_ptr + row * COUNTERS + (LISTED if RATIO > 1 else CHOSEN))
@@ -332,7 +321,7 @@ def plan_selection(num_pages: int, num_scored: int) -> SelectPlan:
             "`page_size` or a smaller `budget`, or impl='reference'."
         )
     num_peaks = triton.cdiv(num_pages, group_size)
-    tile = 512 if num_peaks <= 512 else 2048
+    tile = 256 if num_peaks <= 256 else 512 if num_peaks <= 512 else 2048
     return SelectPlan(group_size, groups, tile, num_peaks <= tile)
 
 
@@ -367,14 +356,15 @@ def launch_select(
         GS=plan.group_size, GROUPS=plan.groups, TILE=plan.tile, SINGLE=plan.single,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
         AWAIT=programs is not None, SIGNAL=counters is not None, PDL=pdl,
-        num_warps=search_warps(batch * num_kv_heads, target_of(scores.device)),
+        **search_settings(batch * num_kv_heads, target_of(scores.device)),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
-def search_warps(rows: int, target) -> int:
-    """Warps of a selection: more where multiprocessors are idle anyway. Measured on an H200."""
-    return 8 if rows <= target.num_sms else 4
+def search_settings(rows: int, target) -> dict:
+    """Warps and comparisons at once: more where multiprocessors are idle anyway. Measured on an H200."""
+    num_warps = 8 if rows <= target.num_sms else 4
+    return {"num_warps": num_warps, "AT_ONCE": 32 * num_warps * COMPARED}
 
 
 def padded(rows: tuple[int, int], columns: int, device) -> torch.Tensor:

@@ -3,7 +3,6 @@
 May import torch, triton and `_common`.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -20,12 +19,12 @@ from ._common import (
     encode_fp8,
     end_in_order,
     int4_dims,
-    page_strides,
     physical_page,
     round_up_bf16,
     row_end,
     row_length,
     row_start,
+    stats_arguments,
     stride_of,
     token_strides,
 )
@@ -91,14 +90,15 @@ def _read_token(
     """One token of each page, float32 `[NPG, 2, BC]` and zero where it does not count, and whether it does."""
     valid = mask_page & (slots >= start) & (slots < end)
     if HAS_MASK:
-        valid &= tl.load(mask_ptr + slots, mask=valid, other=0)
+        valid &= tl.load(mask_ptr + slots, mask=valid, other=0, cache_modifier=".cg")
     seen = valid[:, None, None] & mask_dim
+    # past the first cache wherever a dependent launch may not have waited for anything yet
     where_k = k_ptr + (physical * stride_kp + in_page * stride_kt)[:, None, None] + dims
     if APPEND:
-        old = tl.load(where_k, mask=seen & (slots < first_new)[:, None, None], other=0.0)
+        old = tl.load(where_k, mask=seen & (slots < first_new)[:, None, None], other=0.0, cache_modifier=".cg")
         is_new = seen & (slots >= first_new)[:, None, None]
         token_n = (slots - first_new).to(tl.int64) * stride_nt
-        fresh = tl.load(k_new_ptr + token_n[:, None, None] + dims, mask=is_new, other=0.0)
+        fresh = tl.load(k_new_ptr + token_n[:, None, None] + dims, mask=is_new, other=0.0, cache_modifier=".cg")
         key = tl.where(is_new, fresh, old)
     else:
         key = tl.load(where_k, mask=seen, other=0.0)
@@ -119,8 +119,8 @@ def _write_tokens(
         slots = pages * P + t
         is_new = (mask_page & (slots >= first_new) & (slots < end))[:, None]
         token = (slots - first_new).to(tl.int64)[:, None]
-        key = tl.load(k_new_ptr + token * stride_nt + offs_d, mask=is_new & (offs_d < D))
-        value = tl.load(v_new_ptr + token * stride_wt + offs_v, mask=is_new & (offs_v < DV))
+        key = tl.load(k_new_ptr + token * stride_nt + offs_d, mask=is_new & (offs_d < D), cache_modifier=".cg")
+        value = tl.load(v_new_ptr + token * stride_wt + offs_v, mask=is_new & (offs_v < DV), cache_modifier=".cg")
         tl.store(k_ptr + (physical * stride_kp + t * stride_kt)[:, None] + offs_d, key, mask=is_new & (offs_d < D))
         tl.store(v_ptr + (physical * stride_vp + t * stride_vt)[:, None] + offs_v, value, mask=is_new & (offs_v < DV))
 
@@ -144,7 +144,8 @@ def refresh_pages(
     physical = physical_page(table_ptr, stride_table, b, pages, mask_page, HAS_TABLE)
     dims = int4_dims(tl.arange(0, BC)[None, None, :], tl.arange(0, 2)[None, :, None], C)
     mask_dim = (tl.arange(0, BC)[None, None, :] < C) & (dims < D)
-    UNROLL: tl.constexpr = min(P, 16 if NPG == 1 else 4)
+    # padded head dims run out of predicates sooner
+    UNROLL: tl.constexpr = min(P, 16 if NPG == 1 and 2 * BC == D else 4)
     if WRITE:
         _write_tokens(
             k_ptr, k_new_ptr, v_ptr, v_new_ptr, physical, mask_page, pages, end, first_new,
@@ -199,15 +200,13 @@ def refresh_pages(
 
 @triton.jit
 def write_token(
-    k_ptr, k_new_ptr, v_ptr, v_new_ptr, table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt, b, slot,
+    key, value, k_ptr, v_ptr, table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt, b, slot,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Writes a row's new key and value to `slot`."""
     physical = physical_page(table_ptr, stride_table, b, slot // P, True, HAS_TABLE)
     offs_d = tl.arange(0, BD)
     offs_v = tl.arange(0, BDV)
-    key = tl.load(k_new_ptr + offs_d, mask=offs_d < D)
-    value = tl.load(v_new_ptr + offs_v, mask=offs_v < DV)
     tl.store(k_ptr + physical * stride_kp + (slot % P) * stride_kt + offs_d, key, mask=offs_d < D)
     tl.store(v_ptr + physical * stride_vp + (slot % P) * stride_vt + offs_v, value, mask=offs_v < DV)
 
@@ -285,36 +284,39 @@ def _page_stats_fwd_kernel(
         end_in_order(tl.program_id(0) + pid_h + pid_b)
 
 
+def stats_sizes(head_dim: int, *, score: str, stats_dtype: str) -> dict:
+    """The compile-time constants of statistics."""
+    half = (head_dim + 1) // 2
+    return {
+        "C": half, "BC": triton.next_power_of_2(half), "NG": (head_dim + 31) // 32, "KIND": KIND[stats_dtype],
+        "FORM": FORM[score],
+    }  # fmt: skip
+
+
 def _launch(
     k, v, k_new, v_new, stats, *, page_size, score, stats_dtype, seq_lens, seq_starts, token_mask, page_table, num_new,
     pdl=False,
 ):  # fmt: skip
     """Fills in strides and tile sizes; the grid covers the pages that `num_new` tokens can touch, or all pages."""
-    codes, scales, spread = stats
     paged = page_table is not None
+    tensors, strides = stats_arguments(stats, stats_dtype, paged)
     batch = page_table.shape[0] if paged else k.shape[0]
     num_kv_heads, head_dim = k.shape[1], k.shape[-1]
-    num_pages = page_table.shape[1] if paged else codes.shape[2]
+    num_pages = page_table.shape[1] if paged else stats.codes.shape[2]
     capacity = num_pages * page_size if paged else k.shape[2]
-    half = (head_dim + 1) // 2
-    block_half = triton.next_power_of_2(half)
+    sizes = stats_sizes(head_dim, score=score, stats_dtype=stats_dtype)
     value_dim = 1 if v is None else v.shape[-1]
-    pages_per_program = 1 if num_new == 1 else max(1, min(16, 2048 // (2 * block_half)))
+    pages_per_program = 1 if num_new == 1 else max(1, min(16, 2048 // (2 * sizes["BC"])))
     touched = num_pages if num_new is None else min(num_pages, (num_new - 1 + page_size - 1) // page_size + 1)
-    scale_strides = (0, 0, 0, 0) if scales is None else (*page_strides(scales, paged), scales.stride(-2))
     new_strides = (0, 0, 0) if k_new is None else k_new.stride()[:3]
     new_value_strides = (0, 0, 0) if v_new is None else v_new.stride()[:3]
     value_strides = (0, 0, 0, 0) if v is None else token_strides(v, paged, page_size)
     _page_stats_fwd_kernel[(triton.cdiv(touched, pages_per_program), num_kv_heads, batch)](
-        k, k_new, v, v_new,
-        codes.view(torch.uint8) if stats_dtype == "fp8" else codes, scales, spread,
-        seq_lens, seq_starts, token_mask, page_table,
+        k, k_new, v, v_new, *tensors, seq_lens, seq_starts, token_mask, page_table,
         *token_strides(k, paged, page_size), *new_strides, *value_strides, *new_value_strides,
-        *page_strides(codes, paged), codes.stride(-2), *scale_strides, *page_strides(spread, paged),
-        stride_of(seq_lens), stride_of(seq_starts), stride_of(token_mask), stride_of(page_table),
+        *strides, stride_of(seq_lens), stride_of(seq_starts), stride_of(token_mask), stride_of(page_table),
         num_pages, num_new or 0, capacity,
-        P=page_size, D=head_dim, DV=value_dim, C=half, BC=block_half, BDV=triton.next_power_of_2(value_dim),
-        NG=(head_dim + 31) // 32, NPG=pages_per_program, KIND=KIND[stats_dtype], FORM=FORM[score],
+        P=page_size, D=head_dim, DV=value_dim, BDV=triton.next_power_of_2(value_dim), NPG=pages_per_program, **sizes,
         ONLY_NEW=num_new is not None, APPEND=k_new is not None,
         HAS_LENS=seq_lens is not None, HAS_STARTS=seq_starts is not None,
         HAS_MASK=token_mask is not None, HAS_TABLE=paged, PDL=pdl,

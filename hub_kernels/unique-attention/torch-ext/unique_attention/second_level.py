@@ -17,12 +17,20 @@ from ._common import (
     row_end,
     row_start,
     signal_row,
+    stats_arguments,
     stride_of,
     target_of,
 )
-from ._page_dot import prepare_group, score_pages
-from .page_score import Scoring, stats_arguments
-from .page_select import MAX_CANDIDATES, list_all, load_keys, search_warps, store_best, store_forced
+from ._page_dot import load_block, prepare_group, score_pages
+from .page_score import Scoring
+from .page_select import (
+    MAX_CANDIDATES,
+    list_all,
+    load_keys,
+    search_settings,
+    store_best,
+    store_forced,
+)
 
 
 @triton.jit(do_not_specialize=["num_pages", "capacity", "dense_pages"])
@@ -68,12 +76,17 @@ def _listed_score_fwd_kernel(
         qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
             row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
         )
+        physical = pages.to(tl.int64)
+        row_codes = codes_ptr + pid_b * stride_cb + pid_h * stride_ch
+        codes, scales, spread = load_block(
+            row_codes, row_s, spread_ptr + pid_b * stride_db + pid_h * stride_dh, stride_cp, stride_sp, stride_dp,
+            physical, inside, D, BD, C, BC, NG, KIND, FORM, DP4A,
+        )  # fmt: skip
         scores = score_pages(
-            qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
-            spread_ptr + pid_b * stride_db + pid_h * stride_dh, out_ptr, out_ptr,
-            stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, stride_dp, 0, 0,
-            pid_b, pid_h, pages, inside, num_pages, weight, scale,
-            D, BD, C, BC, NG, G, KIND, FORM, VOTE, False, DP4A, NATIVE_FP8,
+            qa, qb, qc, qd, qe, qf, qg, qh, norm, codes, scales, spread, row_q, row_codes, row_s, out_ptr,
+            stride_qh, stride_qd, stride_cp, stride_cv, stride_sp, stride_sv, 0,
+            pid_h, pages, physical, inside, num_pages, weight, scale,
+            D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A, NATIVE_FP8,
         )  # fmt: skip
         tl.store(out_ptr + row * (KS * RATIO) + offs, scores, mask=offs < KS * RATIO)
     if CHAINED:
@@ -87,7 +100,7 @@ def _listed_select_fwd_kernel(
     scores_ptr, supers_ptr, ids_ptr, counter_ptr, len_ptr, start_ptr, stride_len, stride_start,
     capacity, dense_pages, programs,
     P: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    KS: tl.constexpr, RATIO: tl.constexpr, TILE: tl.constexpr,
+    KS: tl.constexpr, RATIO: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr, CHAINED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Eq. 4. Program `(kv head, row)` writes the ids of the `K` best pages of `KS` listed super-pages.
@@ -121,7 +134,7 @@ def _listed_select_fwd_kernel(
         pages = listed * RATIO + offs % RATIO
         inside = (listed >= 0) & (pages >= first_page + SINK) & (pages < last_page - RECENT)
         keys = load_keys(scores_ptr + row * (KS * RATIO), offs, inside)
-        store_best(keys, pages, row_ids + SINK, K - SINK - RECENT, TILE)
+        store_best(keys, pages, row_ids + SINK, K - SINK - RECENT, TILE, AT_ONCE)
     if CHAINED:
         signal_row(row_counters + CHOSEN)
         if PDL:
@@ -149,7 +162,7 @@ def choose_listed(
     batch, num_kv_heads, num_pages = stats.codes.shape[:3]
     num_kept, num_supers = page_ids.shape[-1], supers.shape[-1]
     tensors, strides = stats_arguments(stats, stats_dtype, False)
-    block_n, num_warps = scoring.few
+    block_n, num_warps = scoring.listed
     programs = triton.cdiv(num_supers * ratio, block_n)
     shared = {
         "P": page_size, "SINK": forced[0], "RECENT": forced[1], "KS": num_supers, "RATIO": ratio,
@@ -166,5 +179,5 @@ def choose_listed(
     _listed_select_fwd_kernel[(num_kv_heads, batch)](
         scores, supers, page_ids, counters, seq_lens, seq_starts, *row_strides, capacity, dense_pages, programs,
         K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), TILE=triton.next_power_of_2(num_supers) * ratio,
-        num_warps=search_warps(batch * num_kv_heads, target_of(q.device)), **shared,
+        **search_settings(batch * num_kv_heads, target_of(q.device)), **shared,
     )  # fmt: skip

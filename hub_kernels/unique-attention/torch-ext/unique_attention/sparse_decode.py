@@ -22,7 +22,6 @@ from ._common import (
     target_of,
     token_strides,
 )
-from .page_select import list_all
 from .page_stats import write_token
 from .split_rows import LOG2E, finish_row, split_of
 
@@ -31,12 +30,40 @@ NO_ROWS, SOME_ROWS, ALL_ROWS = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
+def load_query(
+    q_ptr, stride_qh, stride_qd, first_head, dtype: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """The queries of a group as a tile `[GP, BD]`; past the first cache, for nothing has been waited for yet."""
+    offs_g = tl.arange(0, GP)
+    offs_d = tl.arange(0, BD)
+    q = tl.load(
+        q_ptr + (first_head + offs_g)[:, None] * stride_qh + offs_d[None, :] * stride_qd,
+        mask=(offs_g < G)[:, None] & (offs_d < D)[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    return q.to(dtype)
+
+
+@triton.jit
+def load_token(
+    k_new_ptr, v_new_ptr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr
+):  # fmt: skip
+    """A row's new key and value."""
+    offs_d = tl.arange(0, BD)
+    offs_v = tl.arange(0, BDV)
+    key = tl.load(k_new_ptr + offs_d, mask=offs_d < D, cache_modifier=".cg")
+    return key, tl.load(v_new_ptr + offs_v, mask=offs_v < DV, cache_modifier=".cg")
+
+
+@triton.jit
 def attend_pages(
-    q_ptr, stride_qh, stride_qd, k_ptr, v_ptr, ids_ptr, mask_ptr, table_ptr, stride_table,
+    q, k_ptr, v_ptr, ids_ptr, mask_ptr, table_ptr, stride_table,
     stride_kp, stride_kt, stride_vp, stride_vt,
-    b, first_head, start, end, base_page, first_pos, last_pos, dense, scale, softcap,
+    b, start, end, base_page, first_pos, last_pos, dense, scale, softcap,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, DENSE: tl.constexpr,
+    GP: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, DENSE: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5 over positions `first_pos .. last_pos - 1` of a page list, or from `base_page` on in a dense row.
@@ -46,44 +73,53 @@ def attend_pages(
     # compilers that embed this kernel pass Python floats as float64
     scale = tl.full((), scale, tl.float32)
     softcap = tl.full((), softcap, tl.float32)
-    offs_g = tl.arange(0, GP)
     offs_d = tl.arange(0, BD)
     offs_v = tl.arange(0, BDV)
     offs_t = tl.arange(0, BLOCK_T)
-    q = tl.load(
-        q_ptr + (first_head + offs_g)[:, None] * stride_qh + offs_d[None, :] * stride_qd,
-        mask=(offs_g < G)[:, None] & (offs_d < D)[None, :],
-        other=0.0,
-    )
-    q = q.to(k_ptr.dtype.element_ty)
     m_i = tl.full((GP,), float("-inf"), tl.float32)
     l_i = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, BDV), tl.float32)
     for begin in tl.range(first_pos * P, last_pos * P, BLOCK_T, num_stages=STAGES):
-        pos = (begin + offs_t) // P
+        pos = begin // P + offs_t // P
+        offs_in = begin % P + offs_t % min(P, BLOCK_T)
         if DENSE == ALL_ROWS:
-            page = tl.where(pos < last_pos, base_page + pos, -1)
-        elif DENSE == SOME_ROWS:
-            page = tl.load(ids_ptr + pos, mask=(pos < last_pos) & (not dense), other=-1)
-            page = tl.where(dense & (pos < last_pos), base_page + pos, page)
+            page = base_page + pos
+            valid = pos < last_pos
         else:
-            page = tl.load(ids_ptr + pos, mask=pos < last_pos, other=-1)
-        slot = page * P + (begin + offs_t) % P
-        valid = (page >= 0) & (slot >= start) & (slot < end)
+            listed = pos < last_pos
+            if DENSE == SOME_ROWS:
+                listed &= not dense
+            page = tl.load(ids_ptr + pos, mask=listed, other=-1)
+            if DENSE == SOME_ROWS:
+                page = tl.where(dense & (pos < last_pos), base_page + pos, page)
+            valid = page >= 0
+        slot = page * P + offs_in
+        valid = valid & (slot >= start) & (slot < end)
         if HAS_MASK:
             valid &= tl.load(mask_ptr + slot, mask=valid, other=0)
-        physical = physical_page(table_ptr, stride_table, b, page, valid, HAS_TABLE)
-        offs_in = (begin + offs_t) % P
-        k = tl.load(
-            k_ptr + (physical * stride_kp + offs_in * stride_kt)[:, None] + offs_d[None, :],
-            mask=valid[:, None] & (offs_d < D)[None, :],
-            other=0.0,
-        )  # [BLOCK_T, BD]
+        tile_k = k_ptr
+        tile_v = v_ptr
+        if HAS_TABLE:
+            physical = physical_page(table_ptr, stride_table, b, page, valid, True)
+            offs_k = physical * stride_kp + offs_in * stride_kt
+            offs_kv = physical * stride_vp + offs_in * stride_vt
+        elif DENSE == ALL_ROWS:
+            # 32 bits are enough from the first slot of the tile on
+            first_slot = tl.cast(base_page * P + begin, tl.int64)
+            tile_k += first_slot * stride_kt
+            tile_v += first_slot * stride_vt
+            offs_k = offs_t * stride_kt
+            offs_kv = offs_t * stride_vt
+        else:
+            offs_k = slot.to(tl.int64) * stride_kt
+            offs_kv = slot.to(tl.int64) * stride_vt
+        # values first: the keys change their layout as soon as they are there, and later loads would wait for that
         v = tl.load(
-            v_ptr + (physical * stride_vp + offs_in * stride_vt)[:, None] + offs_v[None, :],
-            mask=valid[:, None] & (offs_v < DV)[None, :],
-            other=0.0,
+            tile_v + offs_kv[:, None] + offs_v[None, :], mask=valid[:, None] & (offs_v < DV)[None, :], other=0.0
         )  # [BLOCK_T, BDV]
+        k = tl.load(
+            tile_k + offs_k[:, None] + offs_d[None, :], mask=valid[:, None] & (offs_d < D)[None, :], other=0.0
+        )  # [BLOCK_T, BD]
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [GP, BLOCK_T]
         if HAS_SOFTCAP:
             logits = softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)
@@ -110,7 +146,7 @@ def _sparse_decode_fwd_kernel(
     stride_nb, stride_nh, stride_wb, stride_wh,
     capacity, dense_pages, scale, softcap,
     P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, K: tl.constexpr,
     BLOCK_T: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -118,9 +154,9 @@ def _sparse_decode_fwd_kernel(
 ):  # fmt: skip
     """Eq. 5. Program `(split, kv head, row)` attends to its slice of the listed pages.
 
-    A row of at most `dense_pages` pages attends to all of them: those listed, or (`DENSE`) whatever the list says. It
-    is written here if all rows are dense. `AWAIT`: the ids come from a launch that is still running. The last token
-    of a row may be `HAS_NEW`, not in the cache yet.
+    A row of at most `dense_pages` pages attends to all of them: those listed, or (`DENSE`) whatever the list says.
+    `AWAIT`: the ids come from a launch that is still running. The last token of a row may be `HAS_NEW`, not in the
+    cache yet.
     """
     if PDL:
         if not AWAIT:
@@ -130,6 +166,13 @@ def _sparse_decode_fwd_kernel(
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     row = pid_b * tl.num_programs(1) + pid_h
+    # what waits for nothing is asked for first
+    q = load_query(q_ptr + pid_b * stride_qb, stride_qh, stride_qd, pid_h * G, k_ptr.dtype.element_ty, D, BD, G, GP)
+    if HAS_NEW:
+        key, value = load_token(
+            k_new_ptr + pid_b * stride_nb + pid_h * stride_nh, v_new_ptr + pid_b * stride_wb + pid_h * stride_wh,
+            D, DV, BD, BDV,
+        )  # fmt: skip
     length = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
     end = tl.minimum(length, capacity)
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
@@ -143,28 +186,22 @@ def _sparse_decode_fwd_kernel(
     count = last_page - first_page
     dense = count <= dense_pages
     row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
-    if DENSE == ALL_ROWS:
-        if split == 0:
-            list_all(row_ids, first_page, count, K, BLOCK_K)
     listed = tl.where(dense, count, K)
     first_pos, last_pos = split_of(listed, split, SPLITS, 1 if P > BLOCK_T else BLOCK_T // P)
     if HAS_NEW:
         # the program of the last pages writes the new token, which it reads, as the launch that appends does
         if (first_pos < listed) & (last_pos == listed) & (length <= capacity):
             write_token(
-                row_k, k_new_ptr + pid_b * stride_nb + pid_h * stride_nh,
-                row_v, v_new_ptr + pid_b * stride_wb + pid_h * stride_wh,
-                table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt, pid_b, length - 1,
-                P, D, DV, BD, BDV, HAS_TABLE,
+                key, value, row_k, row_v, table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt,
+                pid_b, length - 1, P, D, DV, BD, BDV, HAS_TABLE,
             )  # fmt: skip
             tl.debug_barrier()
     if AWAIT:
         await_row(counter_ptr + row * COUNTERS + CHOSEN, 1)
     acc, m_i, l_i = attend_pages(
-        q_ptr + pid_b * stride_qb, stride_qh, stride_qd, row_k, row_v, row_ids, row_mask,
-        table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt,
-        pid_b, pid_h * G, start, end, first_page, first_pos, last_pos, dense, scale, softcap,
-        P, D, DV, BD, BDV, G, GP, BLOCK_T, STAGES, DENSE, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
+        q, row_k, row_v, row_ids, row_mask, table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt,
+        pid_b, start, end, first_page, first_pos, last_pos, dense, scale, softcap,
+        P, D, DV, BD, BDV, GP, BLOCK_T, STAGES, DENSE, HAS_MASK, HAS_TABLE, HAS_SOFTCAP,
     )  # fmt: skip
     finish_row(
         acc, m_i, l_i, out_ptr + pid_b * stride_ob, stride_oh, acc_ptr, ml_ptr, counter_ptr, sinks_ptr, row, pid_h * G,
@@ -188,7 +225,6 @@ class Launch(NamedTuple):
 # H200
 LAUNCH = {
     "many": Launch(32, 4, 2, 1),
-    "more": Launch(32, 3, 2, 8),
     "some": Launch(64, 1, 2, 8),
     "few": Launch(32, 1, 2, 32),
     "dense": Launch(64, 1, 2, 32),
@@ -202,8 +238,7 @@ def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int, dense: b
     Many rows fill the device alone, others are split until they do. `dense`: no pages are listed.
     """
     few = "few" if not dense else "dense" if tokens <= 1024 else "long"
-    some = "more" if 4 * rows > 3 * num_sms else "some"
-    launch = LAUNCH["many" if rows >= 2 * num_sms else some if 3 * rows > num_sms else few]
+    launch = LAUNCH["many" if rows >= 2 * num_sms else "some" if 3 * rows > num_sms else few]
     if row_bytes > 256:
         launch = launch._replace(block_t=max(16, launch.block_t * 256 // row_bytes))
     tiles = triton.cdiv(tokens, launch.block_t)
@@ -266,20 +301,19 @@ def capacity_of(k, page_table, page_size: int) -> int:
 
 def launch_attend(
     call: Attending, page_ids, launch: Launch, *, capacity, softmax_scale, softcap, dense_pages=-1, new=None,
-    all_rows=False, waits=False, pdl=False,
+    waits=False, pdl=False,
 ):  # fmt: skip
     """One attention pass over listed pages, into the `out` of the call.
 
-    Rows of at most `dense_pages` pages are dense. If that is `all_rows` the list is written here. A token in `new`
-    keys and values is the last one of its row. With `waits` the page ids come row by row from the launch before.
+    Rows of at most `dense_pages` pages are dense. A token in `new` keys and values is the last one of its row. With
+    `waits` the page ids come row by row from the launch before.
     """
     batch, num_kv_heads, num_kept = page_ids.shape
     new_strides = (0,) * 4 if new is None else (*new[0].stride()[:2], *new[1].stride()[:2])
     _sparse_decode_fwd_kernel[(launch.splits, num_kv_heads, batch)](
         *call.tensors, page_ids, *(new or (None, None)), *call.strides, *page_ids.stride()[:2], *new_strides,
         capacity, dense_pages, softmax_scale, softcap or 0.0,
-        K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), **call.constants,
-        DENSE=(ALL_ROWS if all_rows else SOME_ROWS if dense_pages > num_kept else NO_ROWS).value,
+        K=num_kept, **call.constants, DENSE=(SOME_ROWS if dense_pages > num_kept else NO_ROWS).value,
         HAS_NEW=new is not None, AWAIT=waits, PDL=pdl,
         num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

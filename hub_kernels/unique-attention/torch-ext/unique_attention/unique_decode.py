@@ -7,17 +7,22 @@ Where no row can have more pages than it attends to, nothing is scored.
 May import torch, triton and the other kernels.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from ._checks import ROW_COUNTERS
 from ._common import target_of
+from .dense_decode import launch_dense
 from .page_score import Scoring, launch_scores, page_scores, plan_scoring
 from .page_select import SelectPlan, launch_select, padded, plan_selection, write_peaks
 from .page_stats import append_tokens
 from .second_level import check_listed, choose_listed
 from .sparse_decode import capacity_of, launch_attend, launch_decode, plan_attention, row_bytes
+
+# rows per multiprocessor up to which the statistics of the new token come before the attention; measured on an H200
+APPEND_FIRST = 1
 
 
 class Step(NamedTuple):
@@ -116,6 +121,16 @@ def _choose(step: Step, pages: Selecting, q, stats, super_stats, page_ids):
         )  # fmt: skip
 
 
+def _append(k, v, levels, token_mask, step: Step, new, first=0):
+    """Writes a token, if there is any, and refreshes its page on every level from `first` on."""
+    for stats, page_size in levels[first:]:
+        if new is not None and stats is not None:
+            append_tokens(
+                k, v, stats, *new, page_size=page_size, score=step.config.score, stats_dtype=step.config.stats_dtype,
+                page_table=step.page_table, token_mask=token_mask, **step.lengths, pdl=step.pdl,
+            )  # fmt: skip
+
+
 def unique_decode(
     q, k, v, stats, out, page_ids, *, config, score_weight, softmax_scale, softcap, sinks, seq_lens, seq_starts,
     token_mask, page_table, dense_below, counters, new, super_stats,
@@ -146,31 +161,33 @@ def unique_decode(
         q, super_stats or stats, num_scored, score=config.score, group_reduce=config.group_reduce,
         stats_dtype=config.stats_dtype,
     )  # fmt: skip
-    append = {
-        **step.lengths, "score": config.score, "stats_dtype": config.stats_dtype, "page_table": page_table,
-        "token_mask": token_mask,
-    }  # fmt: skip
-    if scoring.per_head and new is not None and num_pages > dense_pages:
+    levels = ((stats, page_size), (super_stats, config.super_page_size))
+    append = functools.partial(_append, k, v, levels, token_mask)
+    attending = {"capacity": step.capacity, "softmax_scale": softmax_scale, "softcap": softcap, "pdl": step.pdl}
+    if num_pages <= dense_pages:
+        # no row can have more pages than it attends to
+        launch_dense(
+            call, page_ids, launch, stats, score=config.score, stats_dtype=config.stats_dtype, new=new, **attending
+        )
+        append(step, new, first=1)
+        return
+    if scoring.per_head:
         # these votes weigh all pages, that of the new token too
-        append_tokens(k, v, stats, *new, page_size=page_size, **append)
+        append(step._replace(pdl=False), new)
         new = None
-    attending = {
-        "capacity": step.capacity, "softmax_scale": softmax_scale, "softcap": softcap, "dense_pages": dense_pages,
-        "new": new, "pdl": step.pdl,
-    }  # fmt: skip
+    # nobody waits for it before the next step, since no selection reads the page of the new token, for it is forced;
+    # but the last launch is what the next step waits for, and where rows are many this one would take the others' room
+    first = rows <= APPEND_FIRST * target.num_sms
     try:
-        if num_pages <= dense_pages:
-            # no row can have more pages than it attends to
-            launch_attend(call, page_ids, launch, all_rows=True, **attending)
-        else:
-            _choose(step, _plan_pages(scoring, num_scored, page_ids, config), q, stats, super_stats, page_ids)
-            launch_attend(call, page_ids, launch, waits=step.counters is not None, **attending)
+        _choose(step, _plan_pages(scoring, num_scored, page_ids, config), q, stats, super_stats, page_ids)
+        if first:
+            append(step, new)
+        launch_attend(
+            call, page_ids, launch, dense_pages=dense_pages, new=new, waits=step.counters is not None, **attending
+        )
     except BaseException:
         # rows would wait for ever for launches that were never made
         counters.zero_()
         raise
-    if new is not None:
-        # nobody waits for it before the next step: no selection reads the page of the new token, for it is forced
-        append_tokens(k, v, stats, *new, page_size=page_size, **append, pdl=step.pdl)
-        if super_stats is not None:
-            append_tokens(k, v, super_stats, *new, page_size=config.super_page_size, **append, pdl=step.pdl)
+    if not first:
+        append(step, new)
