@@ -3,7 +3,7 @@
 `python -m benchmarks.decode` on a CUDA device writes `benchmarks/results/decode_h200.json`; `--smoke` runs a tiny
 case anywhere. Every row carries the needle accuracy and the recall of attention mass that `benchmarks/quality.py`
 measured for its settings. The time of UNIQUE includes writing the new token and its statistics; that of the
-baselines does not.
+baselines does not: what writing the token alone takes stands beside it (`append_us`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from unique_attention import ops
 from unique_attention.settings import UniqueConfig
 
 READ_RATE = 4.4e12  # bytes per second that dense decode reaches on an H200
+MAX_DENSE = 2048  # tokens of a row beyond which pages are chosen, however few the rows
 COLD_BYTES = 300 * 2**20  # inputs rotate until they exceed the L2 cache by far
 # the settings of a row; files from before super-pages lack the last two
 KEYS = ("page_size", "stats_dtype", "score", "group_reduce", "budget", "super_page_size", "super_budget")
@@ -146,12 +147,25 @@ def time_dense(shape: Shape, device: str) -> dict[str, float]:
     return times
 
 
+def time_append(shape: Shape, device: str) -> float:
+    """Microseconds to write a token of each row to a static cache, as Transformers does: part of a dense step too."""
+    sets = 1 if device == "cpu" else min(24, max(1, math.ceil(COLD_BYTES / shape.dense_bytes)))
+    rows = (shape.batch, shape.kv_heads)
+    calls = []
+    for _ in range(sets):
+        cache = [torch.zeros(*rows, shape.context, shape.head_dim, dtype=shape.dtype, device=device) for _ in "kv"]
+        new = [torch.randn(*rows, 1, shape.head_dim, dtype=shape.dtype, device=device) for _ in "kv"]
+        where = torch.tensor([shape.context - 1], device=device)
+        calls.append(lambda c=cache, n=new, at=where: [x.index_copy_(2, at, y) for x, y in zip(c, n)])
+    return time_us(calls)[0]
+
+
 class Decode:
     """The whole chain on rotating inputs; every layer of a model has a cache of its own."""
 
     def __init__(self, shape: Shape, config: UniqueConfig, device: str, dense_below: int):
         self.shape, self.config = shape, config
-        self.dense_below = dense_below // (shape.batch * shape.kv_heads)
+        self.dense_below = min(MAX_DENSE, dense_below // (shape.batch * shape.kv_heads))
         self.level = config.upper or config  # the level that is scored whole
         touched = floor_us(shape, config) * READ_RATE / 1e6
         sets = 1 if device == "cpu" else min(24, max(1, math.ceil(COLD_BYTES / touched)))
@@ -237,17 +251,20 @@ def measure(
 ) -> list[dict]:
     """One row per setting, with the dense baselines of the same run."""
     dense = time_dense(shape, device)
+    append_us = time_append(shape, device)
     if device == "cuda":
         torch.cuda.empty_cache()
     rows = []
     for config in configs:
-        rows.append(measure_setting(shape, config, device, quality, dense_below, dense))
+        rows.append(measure_setting(shape, config, device, quality, dense_below, dense, append_us))
         if device == "cuda":
             torch.cuda.empty_cache()
     return rows
 
 
-def measure_setting(shape: Shape, config: UniqueConfig, device: str, quality, dense_below: int, dense: dict) -> dict:
+def measure_setting(
+    shape: Shape, config: UniqueConfig, device: str, quality, dense_below: int, dense: dict, append_us: float
+) -> dict:
     """The row of one setting."""
     best = min(dense, key=dense.__getitem__)
     decode = Decode(shape, config, device, dense_below)
@@ -259,6 +276,7 @@ def measure_setting(shape: Shape, config: UniqueConfig, device: str, quality, de
         "us": round(us, 2), "us_spread": round(spread, 2),
         "dense_us": round(dense[best], 2), "dense": best, "speedup": round(dense[best] / us, 3),
         "baselines_us": {name: round(value, 2) for name, value in dense.items()},
+        "append_us": round(append_us, 2),
         "floor_us": round(floor_us(shape, config), 2),
         "parts_us": {name: round(value, 2) for name, value in decode.parts().items()},
         **quality_of(config, quality),
@@ -321,7 +339,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a tiny case, on any device")
     parser.add_argument("--which", choices=("main", "full"), default="full")
     parser.add_argument("--quality", type=Path, default=RESULTS / "quality.json")
-    parser.add_argument("--dense-below", type=int, default=65536, help="dense up to so many tokens, all rows together")
+    parser.add_argument("--dense-below", type=int, default=65536, help="dense up to so many tokens of all rows")
     parser.add_argument("--out", type=Path, default=RESULTS / "decode_h200.json")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -161,7 +161,8 @@ def test_a_step_of_the_speed_benchmark_appends_to_both_levels(capsys, tmp_path):
     older = {key: value for key, value in zip(decode.KEYS, keys_of(config)) if not key.startswith("super")}
     rows = [{**older, "recall": 0.5, "accuracy": 0.7}, {**older, "super_page_size": 16, "super_budget": 128}]
     rows[1].update(recall=0.4, accuracy=0.6)
-    row = decode.measure_setting(shape, config, "cpu", rows, 0, {"sdpa": 10.0})
+    row = decode.measure_setting(shape, config, "cpu", rows, 0, {"sdpa": 10.0}, decode.time_append(shape, "cpu"))
+    assert row["append_us"] > 0
     assert set(row["parts_us"]) == {"score_us", "select_us", "attend_us"} and all(row["parts_us"].values())
     assert (row["super_page_size"], row["super_budget"], row["needle_accuracy"]) == (16, 128, 0.6)
     assert decode.quality_of(config.replace(super_page_size=None, super_budget=None), rows)["recall"] == 0.5

@@ -272,7 +272,8 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
         if share <= 128:
             launch = FEWEST_LAUNCH.get(stats_dtype, launch)
     block_n, num_warps, blocks, stages = launch
-    block_n, listed_n = (max(16, n * 128 // max(block_d, 64)) for n in (block_n, listed[0]))
+    least = 32 if num_warps == 1 and constants["DP4A"] else 16
+    block_n, listed_n = (max(least, n * 128 // max(block_d, 64)) for n in (block_n, listed[0]))
     return Scoring(constants, block_n, num_warps, blocks, stages, per_head, (listed_n, listed[1]))
 
 

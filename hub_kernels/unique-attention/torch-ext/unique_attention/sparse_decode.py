@@ -86,12 +86,10 @@ def attend_pages(
             page = base_page + pos
             valid = pos < last_pos
         else:
-            listed = pos < last_pos
+            inside = pos < last_pos
+            page = tl.load(ids_ptr + pos, mask=(inside & (not dense)) if DENSE == SOME_ROWS else inside, other=-1)
             if DENSE == SOME_ROWS:
-                listed &= not dense
-            page = tl.load(ids_ptr + pos, mask=listed, other=-1)
-            if DENSE == SOME_ROWS:
-                page = tl.where(dense & (pos < last_pos), base_page + pos, page)
+                page = tl.where(dense & inside, base_page + pos, page)
             valid = page >= 0
         slot = page * P + offs_in
         valid = valid & (slot >= start) & (slot < end)
@@ -220,15 +218,17 @@ class Launch(NamedTuple):
     splits: int
 
 
-# by the number of rows, and for few by what they attend to: listed pages, all of a row, all of a longer one; splits
-# are at most the next power of two of the tiles. Of the stages of the first one goes to the page ids. Measured on an
-# H200
+# by the number of rows and whether pages are listed, if not by how many tokens there may be; splits are at most the next power of two of the tiles. Of the
+# stages for listed pages the first one goes to their ids. Measured on an H200
 LAUNCH = {
     "many": Launch(32, 4, 2, 1),
+    "more": Launch(64, 2, 2, 4),
     "some": Launch(64, 1, 2, 8),
     "few": Launch(32, 1, 2, 32),
-    "dense": Launch(64, 1, 2, 32),
-    "long": Launch(64, 3, 4, 16),
+    "dense": Launch(16, 3, 1, 8),
+    "short dense": Launch(64, 3, 4, 1),
+    "few dense": Launch(32, 3, 2, 16),
+    "few short dense": Launch(64, 1, 2, 16),
 }
 
 
@@ -237,8 +237,14 @@ def launch_decode(rows: int, tokens: int, row_bytes: int, num_sms: int, dense: b
 
     Many rows fill the device alone, others are split until they do. `dense`: no pages are listed.
     """
-    few = "few" if not dense else "dense" if tokens <= 1024 else "long"
-    launch = LAUNCH["many" if rows >= 2 * num_sms else "some" if 3 * rows > num_sms else few]
+    if rows >= 2 * num_sms:
+        launch = LAUNCH["many"]
+    elif not dense:
+        launch = LAUNCH["few" if 3 * rows <= num_sms else "some" if 4 * rows < 3 * num_sms else "more"]
+    elif 8 * rows <= num_sms:
+        launch = LAUNCH["few short dense" if tokens <= 1024 else "few dense"]
+    else:
+        launch = LAUNCH["short dense" if 3 * rows > num_sms and tokens <= 256 else "dense"]
     if row_bytes > 256:
         launch = launch._replace(block_t=max(16, launch.block_t * 256 // row_bytes))
     tiles = triton.cdiv(tokens, launch.block_t)
