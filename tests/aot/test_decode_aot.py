@@ -61,6 +61,19 @@ def step(page_size, stats_dtype, score, dim, batch, context, super_page_size):
     ops.unique_decode(q, k, v, stats, config=config, seq_lens=lens, new=new, super_stats=upper, impl="triton")
 
 
+def paged_step(page_size, stats_dtype, batch, context, new=None):
+    """One decode step over physical pages, on meta tensors."""
+    pages = context // page_size
+    table = torch.empty(batch, pages, dtype=torch.int32, device="meta")
+    k, v = (torch.empty(batch * pages, 8, page_size, 128, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    q = torch.empty(batch, 32, 1, 128, dtype=torch.bfloat16, device="meta")
+    lens = torch.empty(batch, dtype=torch.int32, device="meta")
+    config = UniqueConfig(page_size=page_size, budget=512, stats_dtype=stats_dtype)
+    rows = {"seq_lens": lens, "page_table": table, "impl": "triton"}
+    stats = ops.page_stats(k, page_size=page_size, stats_dtype=stats_dtype, **rows)
+    ops.unique_decode(q, k, v, stats, config=config, new=new, **rows)
+
+
 def registers_and_stack(kernel, tmp_path):
     """What ptxas gave a kernel, read from its binary."""
     binary = tmp_path / "kernel.cubin"
@@ -103,3 +116,10 @@ def test_decode_chain_compiles_within_its_budget(case, target, tmp_path):
     second = {"_listed_score_fwd_kernel", "_listed_select_fwd_kernel"}
     dense = {"_page_stats_fwd_kernel", "_dense_decode_fwd_kernel"}
     assert names == (dense if case in DENSE else chain | (second if case[-1] else set()))
+
+
+@pytest.mark.parametrize("stats_dtype", ["int4", "fp8"])
+@pytest.mark.parametrize(("batch", "context"), [(1, 256), (1, 8192), (16, 32768)])
+def test_pages_anywhere_and_no_new_token_compile(stats_dtype, batch, context):
+    kernels = launch_and_compile(lambda: paged_step(4, stats_dtype, batch, context), MODULES, "cuda:90")
+    assert len(kernels) == (2 if context == 256 else 4)

@@ -46,8 +46,8 @@ def test_scores_and_selection_are_the_same_however_they_are_launched(case, monke
         results.append((scores, ids))
     assert results[0][0].isfinite().any()
     for scores, ids in results[1:]:
-        if case.stats_dtype == "fp8":
-            # sums of floats in another order
+        if case.stats_dtype == "fp8" or DEVICE == "cuda":
+            # sums of floats in another order, or rounded once less
             torch.testing.assert_close(scores, results[0][0], rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(scores, results[0][0])

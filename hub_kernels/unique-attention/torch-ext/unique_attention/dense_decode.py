@@ -88,17 +88,18 @@ def _dense_decode_fwd_kernel(
             pid_b * tl.num_programs(1) + pid_h, pid_h * G, split,
             DV, BDV, G, GP, GM, SPLITS, AT_ONCE, HAS_SINKS, False,
         )  # fmt: skip
-    elif (length > 0) & (length <= capacity):
-        row_s = scales_ptr
-        if KIND >= FP8:
-            row_s += pid_b * stride_sb + pid_h * stride_sh
-        refresh_pages(
-            row_k, row_n, row_v, row_w, codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
-            spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_mask, table_ptr, stride_table,
-            stride_kp, stride_kt, 0, stride_vp, stride_vt, 0, stride_cp, stride_cv, stride_sp, stride_sv,
-            stride_dp, pid_b, (length - 1) // P, 0, last_page, start, end, length - 1,
-            P, D, DV, C, BC, BDV, NG, 1, KIND, FORM, True, False, HAS_MASK, HAS_TABLE,
-        )  # fmt: skip
+    elif HAS_NEW:
+        if (length > 0) & (length <= capacity):
+            row_s = scales_ptr
+            if KIND >= FP8:
+                row_s += pid_b * stride_sb + pid_h * stride_sh
+            refresh_pages(
+                row_k, row_n, row_v, row_w, codes_ptr + pid_b * stride_cb + pid_h * stride_ch, row_s,
+                spread_ptr + pid_b * stride_db + pid_h * stride_dh, row_mask, table_ptr, stride_table,
+                stride_kp, stride_kt, 0, stride_vp, stride_vt, 0, stride_cp, stride_cv, stride_sp, stride_sv,
+                stride_dp, pid_b, (length - 1) // P, 0, last_page, start, end, length - 1,
+                P, D, DV, C, BC, BDV, NG, 1, KIND, FORM, True, False, HAS_MASK, HAS_TABLE,
+            )  # fmt: skip
 
 
 def launch_dense(

@@ -44,7 +44,6 @@ def score_blocks(
     With `STAGES` 0 a block is loaded into registers while the one before it is scored.
     """
     offs = tl.arange(0, BLOCK_N)
-    physical = offs
     if not HAS_TABLE:
         # pages lie in order: the pointers go on with the blocks, and 32 bits are enough from there
         first = tl.cast(begin, tl.int64)
@@ -53,16 +52,18 @@ def score_blocks(
         if KIND >= FP8:
             scales_ptr += first * stride_sp
     if STAGES == 0:
+        nearest = offs
         inside = (begin + offs >= first_page) & (begin + offs < last_page)
         if HAS_TABLE:
-            physical = physical_page(table_ptr, stride_table, row, begin + offs, inside, True)
+            nearest = physical_page(table_ptr, stride_table, row, begin + offs, inside, True)
         next_codes, next_scales, next_spread = load_block(
-            codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, physical, inside,
+            codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, nearest, inside,
             D, BD, C, BC, NG, KIND, FORM, DP4A,
         )  # fmt: skip
     for block in tl.range(begin, stop, BLOCK_N, num_stages=max(STAGES, 1)):
         pages = block + offs
         inside = (pages >= first_page) & (pages < last_page)
+        physical = offs
         if HAS_TABLE:
             physical = physical_page(table_ptr, stride_table, row, pages, inside, True)
         if STAGES == 0:

@@ -203,6 +203,8 @@ def select_row(
         pages = group * GS + offs_c % GS
         inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
         keys = load_keys(scores_ptr, pages, inside)
+        # the groups were cut no higher than the pages will be: fewer values to tell apart
+        keys = tl.where(keys >= key, keys, LOWEST)
         store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS, AT_ONCE)
 
 
@@ -321,7 +323,7 @@ def plan_selection(num_pages: int, num_scored: int) -> SelectPlan:
             "`page_size` or a smaller `budget`, or impl='reference'."
         )
     num_peaks = triton.cdiv(num_pages, group_size)
-    tile = 256 if num_peaks <= 256 else 512 if num_peaks <= 512 else 2048
+    tile = 256 if num_peaks <= 256 else 512 if num_peaks <= 512 else 1024 if num_peaks <= 1024 else 2048
     return SelectPlan(group_size, groups, tile, num_peaks <= tile)
 
 

@@ -218,8 +218,8 @@ class Launch(NamedTuple):
     splits: int
 
 
-# by the number of rows and whether pages are listed, if not by how many tokens there may be; splits are at most the next power of two of the tiles. Of the
-# stages for listed pages the first one goes to their ids. Measured on an H200
+# by the number of rows and whether pages are listed, if not by how many tokens there may be; splits are at most the
+# next power of two of the tiles. Of the stages for listed pages the first one goes to their ids. Measured on an H200
 LAUNCH = {
     "many": Launch(32, 4, 2, 1),
     "more": Launch(64, 2, 2, 4),
