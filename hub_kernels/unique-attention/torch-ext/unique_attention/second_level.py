@@ -62,20 +62,20 @@ def _listed_score_fwd_kernel(
     start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
     last_page = tl.cdiv(end, P)
     first_page = tl.minimum(start // P, last_page)
+    row_q = q_ptr + pid_b * stride_qb
+    qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
+        row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
+    )
     if CHAINED:
         await_row(counter_ptr + row * COUNTERS + LISTED, 1)
     if last_page - first_page > dense_pages:
         row_s = scales_ptr
         if KIND >= FP8:
             row_s += pid_b * stride_sb + pid_h * stride_sh
-        row_q = q_ptr + pid_b * stride_qb
         offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         listed = tl.load(supers_ptr + row * KS + offs // RATIO, mask=offs < KS * RATIO, other=-1)
         pages = listed * RATIO + offs % RATIO
         inside = (listed >= 0) & (pages >= first_page + SINK) & (pages < last_page - RECENT)
-        qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
-            row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
-        )
         physical = pages.to(tl.int64)
         row_codes = codes_ptr + pid_b * stride_cb + pid_h * stride_ch
         codes, scales, spread = load_block(
