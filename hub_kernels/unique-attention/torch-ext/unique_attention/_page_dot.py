@@ -75,7 +75,10 @@ def _group_query(
     """The query vector (shape of `offs`) that meets page vector `VECTOR`, averaged over `GROUP` heads."""
     total = tl.zeros(offs.shape, tl.float32)
     for g in tl.static_range(GROUP):
-        x = tl.load(q_ptr + (first_head + g) * stride_qh + offs * stride_qd, mask=mask, other=0.0).to(tl.float32)
+        # past the first cache: a dependent launch may not have waited for anything yet
+        x = tl.load(
+            q_ptr + (first_head + g) * stride_qh + offs * stride_qd, mask=mask, other=0.0, cache_modifier=".cg"
+        ).to(tl.float32)
         if FORM == MINMAX:
             x = tl.maximum(x, 0.0) if VECTOR == 0 else tl.minimum(x, 0.0)
         elif VECTOR == 1:
@@ -95,8 +98,9 @@ def group_norm(q_ptr, stride_qh, stride_qd, first_head, D: tl.constexpr, BD: tl.
     offs_d = tl.arange(0, BD)
     total = 0.0
     for g in tl.static_range(GROUP):
-        x = tl.load(q_ptr + (first_head + g) * stride_qh + offs_d * stride_qd, mask=offs_d < D, other=0.0)
-        x = x.to(tl.float32)
+        x = tl.load(
+            q_ptr + (first_head + g) * stride_qh + offs_d * stride_qd, mask=offs_d < D, other=0.0, cache_modifier=".cg"
+        ).to(tl.float32)
         total += tl.sqrt(tl.sum(x * x, axis=0))
     return total / GROUP
 
