@@ -61,7 +61,7 @@ def step(page_size, stats_dtype, score, dim, batch, context, super_page_size):
     ops.unique_decode(q, k, v, stats, config=config, seq_lens=lens, new=new, super_stats=upper, impl="triton")
 
 
-def paged_step(page_size, stats_dtype, batch, context, new=None):
+def paged_step(page_size, stats_dtype, batch, context, appended):
     """One decode step over physical pages, on meta tensors."""
     pages = context // page_size
     table = torch.empty(batch, pages, dtype=torch.int32, device="meta")
@@ -71,7 +71,8 @@ def paged_step(page_size, stats_dtype, batch, context, new=None):
     config = UniqueConfig(page_size=page_size, budget=512, stats_dtype=stats_dtype)
     rows = {"seq_lens": lens, "page_table": table, "impl": "triton"}
     stats = ops.page_stats(k, page_size=page_size, stats_dtype=stats_dtype, **rows)
-    ops.unique_decode(q, k, v, stats, config=config, new=new, **rows)
+    new = tuple(torch.empty(batch, 8, 1, 128, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    ops.unique_decode(q, k, v, stats, config=config, new=new if appended else None, **rows)
 
 
 def registers_and_stack(kernel, tmp_path):
@@ -118,8 +119,8 @@ def test_decode_chain_compiles_within_its_budget(case, target, tmp_path):
     assert names == (dense if case in DENSE else chain | (second if case[-1] else set()))
 
 
-@pytest.mark.parametrize("stats_dtype", ["int4", "fp8"])
+@pytest.mark.parametrize(("stats_dtype", "appended"), [("int4", False), ("fp8", False), ("int4", True)])
 @pytest.mark.parametrize(("batch", "context"), [(1, 256), (1, 8192), (16, 32768)])
-def test_pages_anywhere_and_no_new_token_compile(stats_dtype, batch, context):
-    kernels = launch_and_compile(lambda: paged_step(4, stats_dtype, batch, context), MODULES, "cuda:90")
-    assert len(kernels) == (2 if context == 256 else 4)
+def test_pages_anywhere_and_no_new_token_compile(stats_dtype, appended, batch, context):
+    kernels = launch_and_compile(lambda: paged_step(4, stats_dtype, batch, context, appended), MODULES, "cuda:90")
+    assert len(kernels) == (2 if context == 256 else 4 + appended)

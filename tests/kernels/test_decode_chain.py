@@ -1,5 +1,8 @@
 """Statistics, scores, selection and decode: each kernel against the reference in float64."""
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -253,8 +256,18 @@ def test_a_row_without_valid_tokens_gives_zeros():
     assert (out[0] == 0).all() and out[1].isfinite().all() and (out[1] != 0).any()
 
 
-@ids([STATS[0], STATS[2], STATS[4], STATS[14], STATS[16], STATS[17], STATS[18], SCORES[-4], DECODES[-1]])
-def test_a_step_appends_as_the_append_does(case):
+# in a launch before the attention or behind it; the last three attend to everything, in one launch
+@pytest.mark.parametrize(
+    ("case", "append_first"),
+    [
+        *((x, 1) for x in (STATS[0], STATS[2], STATS[4], STATS[14], STATS[16], STATS[17], STATS[18], SCORES[-4])),
+        *((x, 0) for x in (STATS[0], STATS[17], STATS[18])),
+        *((replace(x, K=20), 1) for x in (STATS[0], STATS[17], STATS[18])),
+    ],
+    ids=lambda x: x.id if isinstance(x, Case) else "first" if x else "behind",
+)
+def test_a_step_appends_as_the_append_does(case, append_first, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("unique_attention.unique_decode"), "APPEND_FIRST", append_first)
     t = case.tensors()
     settings = stats_settings(case) | some(t, ("seq_starts", "token_mask", "page_table"))
     stats = [ops.page_stats(t["k"], **settings, seq_lens=t["seq_lens"] - 1, impl="triton") for _ in range(2)]
@@ -270,3 +283,18 @@ def test_a_step_appends_as_the_append_does(case):
     assert (out - expected).abs().max() <= 8 * torch.finfo(case.dtype).eps * expected.abs().max()
     for a, b in zip((*cache[0], *stats[0]), (*cache[1], *stats[1])):
         assert a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("S", [16, 64])
+def test_a_token_below_the_start_of_its_row_is_still_written(S):
+    # nothing to attend to, in one launch and in several
+    case = replace(DECODES[-1], B=1, S=S, K=8, padded=False)
+    t = case.tensors()
+    t["seq_lens"], t["seq_starts"] = torch.tensor([5], device=DEVICE), torch.tensor([8], device=DEVICE)
+    stats = ops.page_stats(t["k"], **stats_settings(case), impl="triton")
+    new = tuple(torch.ones(1, case.HK, 1, d, device=DEVICE).to(case.dtype) for d in (case.D, case.DV))
+    ops.unique_decode(
+        *(t[n] for n in "qkv"), stats, config=case.config, seq_lens=t["seq_lens"], seq_starts=t["seq_starts"], new=new,
+        impl="triton",
+    )  # fmt: skip
+    assert (t["k"][:, :, 4] == 1).all() and (t["v"][:, :, 4] == 1).all()

@@ -36,7 +36,7 @@ def prepared(case):
 def compilations():
     """Kernels compiled so far."""
     count = 0
-    for name in ("page_stats", "page_score", "page_select", "second_level", "sparse_decode"):
+    for name in ("page_stats", "page_score", "page_select", "second_level", "sparse_decode", "dense_decode"):
         for value in vars(importlib.import_module(f"unique_attention.{name}")).values():
             if isinstance(value, triton.runtime.JITFunction):
                 count += sum(len(cache[0]) for cache in value.device_caches.values())

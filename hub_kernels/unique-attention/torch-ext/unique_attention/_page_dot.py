@@ -70,14 +70,16 @@ def _dot8_nibbles(packed, first, second):
 @triton.jit
 def _group_query(
     q_ptr, stride_qh, stride_qd, first_head, offs, mask, scale,
-    GROUP: tl.constexpr, FORM: tl.constexpr, VECTOR: tl.constexpr,
+    GROUP: tl.constexpr, FORM: tl.constexpr, VECTOR: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     """The query vector (shape of `offs`) that meets page vector `VECTOR`, averaged over `GROUP` heads."""
     total = tl.zeros(offs.shape, tl.float32)
     for g in tl.static_range(GROUP):
-        # past the first cache: a dependent launch may not have waited for anything yet
         x = tl.load(
-            q_ptr + (first_head + g) * stride_qh + offs * stride_qd, mask=mask, other=0.0, cache_modifier=".cg"
+            q_ptr + (first_head + g) * stride_qh + offs * stride_qd,
+            mask=mask,
+            other=0.0,
+            cache_modifier=".cg" if FRESH else "",
         ).to(tl.float32)
         if FORM == MINMAX:
             x = tl.maximum(x, 0.0) if VECTOR == 0 else tl.minimum(x, 0.0)
@@ -93,13 +95,19 @@ def _group_query(
 
 
 @triton.jit
-def group_norm(q_ptr, stride_qh, stride_qd, first_head, D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr):
+def group_norm(
+    q_ptr, stride_qh, stride_qd, first_head,
+    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, FRESH: tl.constexpr,
+):  # fmt: skip
     """Mean over the group of the query norms."""
     offs_d = tl.arange(0, BD)
     total = 0.0
     for g in tl.static_range(GROUP):
         x = tl.load(
-            q_ptr + (first_head + g) * stride_qh + offs_d * stride_qd, mask=offs_d < D, other=0.0, cache_modifier=".cg"
+            q_ptr + (first_head + g) * stride_qh + offs_d * stride_qd,
+            mask=offs_d < D,
+            other=0.0,
+            cache_modifier=".cg" if FRESH else "",
         ).to(tl.float32)
         total += tl.sqrt(tl.sum(x * x, axis=0))
     return total / GROUP
@@ -110,12 +118,13 @@ def prepare_query(
     q_ptr, stride_qh, stride_qd, first_head, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
     GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, VECTOR: tl.constexpr, DP4A: tl.constexpr,
+    FRESH: tl.constexpr,
 ):  # fmt: skip
     """The query vector that meets page vector `VECTOR`, as the four values that `dot_pages` wants for this storage."""
     if DP4A and KIND == INT8:
         # 15-bit fixed-point numbers in two int8 limbs: high words, low words, step
         dims = tl.arange(0, BD // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR)
+        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR, FRESH)
         absmax = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
         number = _round(x * tl.where(absmax > 0, 16256.0 / absmax, 0.0))
         high = (number + 64) >> 7
@@ -128,9 +137,9 @@ def prepare_query(
         offs_g = tl.arange(0, BD // 32)
         offs_w = tl.arange(0, 4)
         dims = offs_g[:, None, None] * 32 + offs_w[None, :, None] * 4 + offs_w[None, None, :]
-        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR)
+        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR, FRESH)
         dims += 16
-        y = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR)
+        y = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, dims < D, scale, GROUP, FORM, VECTOR, FRESH)
         absmax = tl.max(tl.max(tl.maximum(tl.abs(x), tl.abs(y)), axis=2), axis=1)  # [groups]
         factor = tl.where(absmax > 0, 127.0 / absmax, 0.0)[:, None, None]
         first = _round(x * factor)
@@ -141,13 +150,20 @@ def prepare_query(
         offs_c = tl.arange(0, BC)
         dims = int4_dims(offs_c, 0, C)
         mask = (offs_c < C) & (dims < D)
-        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR)
+        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR, FRESH)
         dims = int4_dims(offs_c, 1, C)
         mask = (offs_c < C) & (dims < D)
-        return x, _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR), x, x
+        return (
+            x,
+            _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR, FRESH),
+            x,
+            x,
+        )
     else:
         offs_d = tl.arange(0, BD)
-        x = _group_query(q_ptr, stride_qh, stride_qd, first_head, offs_d, offs_d < D, scale, GROUP, FORM, VECTOR)
+        x = _group_query(
+            q_ptr, stride_qh, stride_qd, first_head, offs_d, offs_d < D, scale, GROUP, FORM, VECTOR, FRESH
+        )
         return x, x, x, x
 
 
@@ -228,19 +244,21 @@ def dot_pages(
 def _prepare_head(
     q_ptr, stride_qh, stride_qd, head, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
-    GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, FORM: tl.constexpr, DP4A: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     """What a head (or the average of `GROUP` heads) brings to every page: one or two query vectors and the norm."""
-    a, b, c, d = prepare_query(q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 0, DP4A)
+    a, b, c, d = prepare_query(
+        q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 0, DP4A, FRESH
+    )
     e, f, g, h = a, b, c, d
     norm = 0.0
     if FORM == SCALAR:
-        norm = group_norm(q_ptr, stride_qh, stride_qd, head, D, BD, GROUP)
+        norm = group_norm(q_ptr, stride_qh, stride_qd, head, D, BD, GROUP, FRESH)
     elif FORM != MEAN:
         # squares of codes do not fit the integer products
         e, f, g, h = prepare_query(
             q_ptr, stride_qh, stride_qd, head, scale, D, BD, C, BC, NG, GROUP, KIND, FORM, 1,
-            DP4A and FORM != DIAGONAL and FORM != MOMENT,
+            DP4A and FORM != DIAGONAL and FORM != MOMENT, FRESH,
         )  # fmt: skip
     return a, b, c, d, e, f, g, h, norm
 
@@ -270,14 +288,17 @@ def _head_score(
 def prepare_group(
     q_ptr, stride_qh, stride_qd, head, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, VOTE: tl.constexpr, DP4A: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """What the group of kv head `head` brings to every page: its average, or its first head where that will not do."""
+    """What the group of kv head `head` brings to every page: its average, or its first head where that will not do.
+
+    `FRESH` reads past the first cache, for launches that have not waited for anything yet.
+    """
     linear: tl.constexpr = VOTE == VOTE_MEAN and FORM != DIAGONAL
     # compilers that embed this kernel pass Python floats as float64
     scale = tl.full((), scale, tl.float32)
     return _prepare_head(
-        q_ptr, stride_qh, stride_qd, head * G, scale, D, BD, C, BC, NG, G if linear else 1, KIND, FORM, DP4A
+        q_ptr, stride_qh, stride_qd, head * G, scale, D, BD, C, BC, NG, G if linear else 1, KIND, FORM, DP4A, FRESH
     )
 
 
@@ -329,7 +350,7 @@ def score_pages(
             tl.store(raw_ptr + pages, tl.where(inside, best, float("-inf")), mask=pages < num_pages)
         for g in tl.static_range(1, G):
             a, b, c, d, e, f, gg, h, other_norm = _prepare_head(
-                q_ptr, stride_qh, stride_qd, head * G + g, scale, D, BD, C, BC, NG, 1, KIND, FORM, DP4A
+                q_ptr, stride_qh, stride_qd, head * G + g, scale, D, BD, C, BC, NG, 1, KIND, FORM, DP4A, False
             )
             score = _head_score(
                 a, b, c, d, e, f, gg, h, other_norm, codes, scales, spread, second, second_scales, weight,

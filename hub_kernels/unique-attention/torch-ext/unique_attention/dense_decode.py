@@ -47,7 +47,7 @@ def _dense_decode_fwd_kernel(
     split = tl.program_id(0)
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
-    # what waits for nothing is asked for first
+    # what needs no length is asked for first
     q = load_query(q_ptr + pid_b * stride_qb, stride_qh, stride_qd, pid_h * G, k_ptr.dtype.element_ty, D, BD, G, GP)
     row_n = k_new_ptr
     row_w = v_new_ptr
@@ -72,7 +72,8 @@ def _dense_decode_fwd_kernel(
         first_pos, last_pos = split_of(count, split, SPLITS, 1 if P > BLOCK_T else BLOCK_T // P)
         if HAS_NEW:
             # the program of the last pages writes the new token, which it reads
-            if (first_pos < count) & (last_pos == count) & (length <= capacity):
+            last = ((first_pos < count) & (last_pos == count)) | ((count == 0) & (split == 0))
+            if last & (length > 0) & (length <= capacity):
                 write_token(
                     key, value, row_k, row_v, table_ptr, stride_table, stride_kp, stride_kt, stride_vp, stride_vt,
                     pid_b, length - 1, P, D, DV, BD, BDV, HAS_TABLE,

@@ -267,8 +267,9 @@ def unique_decode(
         ValueError: shapes or dtypes do not fit.
 
     Numerics: as the parts; deterministic; lengths stay on the device; graph-safe. Three launches (scores, selection,
-    attention), five with super-pages; one where no row can have more pages than it attends to; with `new` one more per
-    level; two or three more for votes that need the best score of each head; and a fill without `counters`.
+    attention), five with super-pages, with `new` one more per level; where no row can have more pages than it attends
+    to a single one, which takes `new` along, and one more for super-pages; two or three more for votes that need the
+    best score of each head; and a fill without `counters`.
     """
     score, upper = config.score, config.upper
     dense_below = config.dense_below if dense_below is None else dense_below

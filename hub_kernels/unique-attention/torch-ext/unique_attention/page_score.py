@@ -163,7 +163,7 @@ def _page_score_fwd_kernel(
             row_peaks += (pid_b * tl.num_programs(1) + pid_h) * num_peaks
         row_q = q_ptr + pid_b * stride_qb
         qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
-            row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
+            row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A, False
         )
         score_blocks(
             qa, qb, qc, qd, qe, qf, qg, qh, norm, row_q, row_codes, row_s, row_spread, row_out, row_peaks, table_ptr,
@@ -219,9 +219,9 @@ def _page_vote_fwd_kernel(
 # programs per multiprocessor up to which the launch before is worth a prefetch
 PREFETCHED = 8
 # pages per block at head dim 128, warps, blocks per program, depth of the loads' pipeline (0: registers); where
-# programs are many, few, very few; measured on an H200
+# programs are many, few, very few; measured on an H200. No blocks: by the pages that a multiprocessor has to score
 SCORE_LAUNCH = {
-    "fp32": (32, 4, 1, 1), "bf16": (32, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (32, 1, 8, 0), "int4": (32, 1, 8, 0),
+    "fp32": (32, 4, 1, 1), "bf16": (32, 1, 8, 3), "fp8": (32, 1, 8, 3), "int8": (32, 1, 0, 0), "int4": (32, 1, 0, 0),
 }  # fmt: skip
 FEW_LAUNCH = {"bf16": (32, 4, 1, 1), "fp8": (64, 1, 1, 1), "int8": (32, 1, 2, 0), "int4": (32, 1, 2, 0)}
 FEWEST_LAUNCH = {"int8": (32, 1, 1, 1), "int4": (32, 1, 1, 1)}
@@ -265,14 +265,15 @@ def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Sc
     launch = UNPACKED_LAUNCH if unpacked else SCORE_LAUNCH[stats_dtype]
     listed = launch[:2] if unpacked else LISTED_LAUNCH.get(stats_dtype, (64, 1))
     share = rows * num_pages // target.num_sms
-    if launch[3] == 0:
+    if launch[2] == 0:
         # the query is prepared once per program: more blocks each, where programs are many
-        launch = (*launch[:2], 4 if share <= 4_000 else 8 if share <= 20_000 else 16, 0)
+        launch = (*launch[:2], 4 if share <= 4_000 else 8 if share <= 20_000 else 16, launch[3])
     if not unpacked and (per_head or share < 8 * launch[0] * launch[2]):
         launch = FEW_LAUNCH.get(stats_dtype, launch)
         if share <= 128:
             launch = FEWEST_LAUNCH.get(stats_dtype, launch)
     block_n, num_warps, blocks, stages = launch
+    # a warp has a lane per page
     least = 32 if num_warps == 1 and constants["DP4A"] else 16
     block_n, listed_n = (max(least, n * 128 // max(block_d, 64)) for n in (block_n, listed[0]))
     return Scoring(constants, block_n, num_warps, blocks, stages, per_head, (listed_n, listed[1]))

@@ -237,8 +237,8 @@ def _page_stats_fwd_kernel(
     """Eq. 1. Program `(block of NPG pages, kv head, row)` writes the statistics of its pages.
 
     `ONLY_NEW` starts at the page of the first of the last `num_new` tokens; `APPEND` takes those tokens from `k_new`
-    and `v_new` and writes them to the cache as well. `PDL`: launches before may still run. They write the same token
-    themselves and use no statistics that change here: that page is forced.
+    and `v_new` and writes them to the cache as well. `PDL`: the launches around it may run at the same time. They
+    write the same token themselves and use no statistics that change here: that page is forced.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

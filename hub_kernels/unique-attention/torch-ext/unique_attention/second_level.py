@@ -64,7 +64,7 @@ def _listed_score_fwd_kernel(
     first_page = tl.minimum(start // P, last_page)
     row_q = q_ptr + pid_b * stride_qb
     qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
-        row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A
+        row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A, True
     )
     if CHAINED:
         await_row(counter_ptr + row * COUNTERS + LISTED, 1)
