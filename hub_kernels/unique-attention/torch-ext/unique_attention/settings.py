@@ -80,8 +80,8 @@ class UniqueConfig:
         super_budget (`int`, *optional*): Tokens in the super-pages that are kept, a multiple of `super_page_size` with
             room for `budget` and two super-pages; `None` takes four times `budget`, or what must fit.
         dense_below (`int`, *optional*, defaults to 0): Rows of at most so many tokens attend to everything when they
-            decode, as those that fit in the budget do. Sparse begins to pay at about `65536 // (batch * kv_heads)`
-            tokens on an H200.
+            decode, as those that fit in the budget do. Sparse begins to pay at 2,048 tokens, or about
+            `65536 // (batch * kv_heads)` if those are fewer, on an H200.
         temperature (`float`, *optional*, defaults to 1.0): Width of the sigmoid of the soft mask (Eq. 6), in units of
             the page score (unscaled `q . k`).
         threshold_grad (`bool`, *optional*, defaults to `False`): Let gradients flow through the threshold of Eq. 6.

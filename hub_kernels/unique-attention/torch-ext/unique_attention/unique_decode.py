@@ -1,8 +1,8 @@
-"""One decode step: score (Eq. 2 and 3), select (Eq. 4), attend (Eq. 5), append (Eq. 1), each in a launch of its own.
+"""One decode step: score (Eq. 2 and 3), select (Eq. 4), append (Eq. 1), attend (Eq. 5), each in a launch of its own.
 
 Where the device allows it, a launch starts while the one before it runs, and a row goes on as soon as it is ready,
 whatever the others do. With super-pages, two more launches score the pages of the best ones and select among them.
-Where no row can have more pages than it attends to, nothing is scored.
+Where no row can have more pages than it attends to, one launch does it all.
 
 May import torch, triton and the other kernels.
 """
