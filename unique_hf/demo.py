@@ -34,7 +34,7 @@ TRAINED_MODEL = CHECKOUT / "models" / "pocket-lm-unique"  # the default model af
 # what the model must have alike before and after training, so that a difference comes from the training
 SHARED = (
     "page_size", "budget", "sink_pages", "recent_pages", "score", "score_weight", "group_reduce", "stats_dtype",
-    "super_page_size", "super_budget",
+    "super_page_size", "super_budget", "dense_below",
 )  # fmt: skip
 CONTEXT, FACTS, BATCH = 12544, 24, 8
 SHARE = 16  # the budget is at most one part in SHARE of the context

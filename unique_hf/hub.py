@@ -25,7 +25,7 @@ TAG = "unique-attention"
 # settings of inference; the rest steers training or debugging
 SHOWN = (
     "page_size", "budget", "sink_pages", "recent_pages", "score", "score_weight", "group_reduce", "stats_dtype",
-    "super_page_size", "super_budget",
+    "super_page_size", "super_budget", "dense_below",
 )  # fmt: skip
 # what trainers leave beside a checkpoint and do not push themselves
 IGNORED = ["_*", "checkpoint-*/**"]
