@@ -15,18 +15,8 @@ from unique_attention import ops
 from unique_attention.settings import UniqueConfig
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, so not interpreted")
-MODULES = [
-    importlib.import_module(f"unique_attention.{name}")
-    for name in (
-        "page_stats",
-        "page_score",
-        "page_select",
-        "second_level",
-        "sparse_decode",
-        "dense_decode",
-        "unique_decode",
-    )  # fmt: skip
-]
+NAMES = "page_stats page_score page_select second_level sparse_decode dense_decode unique_decode".split()
+MODULES = [importlib.import_module(f"unique_attention.{name}") for name in NAMES]
 # page size, storage, score, head dim, batch, context, super-page: many rows and few, every storage, an odd head dim
 CASES = [
     (4, "int4", "scalar", 128, 80, 32768, None),

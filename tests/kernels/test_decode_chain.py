@@ -262,7 +262,7 @@ def test_a_row_without_valid_tokens_gives_zeros():
     [
         *((x, 1) for x in (STATS[0], STATS[2], STATS[4], STATS[14], STATS[16], STATS[17], STATS[18], SCORES[-4])),
         *((x, 0) for x in (STATS[0], STATS[17], STATS[18])),
-        *((replace(x, K=20), 1) for x in (STATS[0], STATS[17], STATS[18])),
+        *((replace(x, K=20), 1) for x in (STATS[2], STATS[17], STATS[18])),
     ],
     ids=lambda x: x.id if isinstance(x, Case) else "first" if x else "behind",
 )

@@ -171,6 +171,19 @@ def row_start(start_ptr, stride_start, b, HAS_STARTS: tl.constexpr):
 
 
 @triton.jit
+def row_extent(
+    len_ptr, start_ptr, stride_len, stride_start, b, capacity,
+    P: tl.constexpr, HAS_LENS: tl.constexpr, HAS_STARTS: tl.constexpr,
+):  # fmt: skip
+    """Row `b`: its length as given, its first slot and one past its last, its first page and one past its last."""
+    length = row_length(len_ptr, stride_len, b, capacity, HAS_LENS)
+    end = tl.minimum(length, capacity)
+    start = row_start(start_ptr, stride_start, b, HAS_STARTS)
+    last_page = tl.cdiv(end, P)
+    return length, start, end, tl.minimum(start // P, last_page), last_page
+
+
+@triton.jit
 def physical_page(table_ptr, stride_table, b, pages, mask, HAS_TABLE: tl.constexpr):
     """Physical ids (int64) of logical pages of row `b`."""
     physical = pages

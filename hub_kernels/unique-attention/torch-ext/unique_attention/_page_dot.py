@@ -153,12 +153,8 @@ def prepare_query(
         x = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR, FRESH)
         dims = int4_dims(offs_c, 1, C)
         mask = (offs_c < C) & (dims < D)
-        return (
-            x,
-            _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR, FRESH),
-            x,
-            x,
-        )
+        y = _group_query(q_ptr, stride_qh, stride_qd, first_head, dims, mask, scale, GROUP, FORM, VECTOR, FRESH)
+        return x, y, x, x
     else:
         offs_d = tl.arange(0, BD)
         x = _group_query(

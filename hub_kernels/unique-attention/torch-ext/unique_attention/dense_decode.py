@@ -6,10 +6,14 @@ May import torch, triton and the other kernels.
 import triton
 import triton.language as tl
 
-from ._common import FP8, row_length, row_start, stats_arguments
+from ._common import (
+    FP8,
+    row_extent,
+    stats_arguments,
+)
 from .page_select import list_all
 from .page_stats import refresh_pages, stats_sizes, write_token
-from .sparse_decode import ALL_ROWS, Attending, Launch, attend_pages, load_query, load_token
+from .sparse_decode import ALL_ROWS, Attending, Launch, attend_pages, load_query, load_token, new_strides
 from .split_rows import finish_row, split_of
 
 
@@ -55,11 +59,9 @@ def _dense_decode_fwd_kernel(
         row_n += pid_b * stride_nb + pid_h * stride_nh
         row_w += pid_b * stride_wb + pid_h * stride_wh
         key, value = load_token(row_n, row_w, D, DV, BD, BDV)
-    length = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
-    end = tl.minimum(length, capacity)
-    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
-    last_page = tl.cdiv(end, P)
-    first_page = tl.minimum(start // P, last_page)
+    length, start, end, first_page, last_page = row_extent(
+        len_ptr, start_ptr, stride_len, stride_start, pid_b, capacity, P, HAS_LENS, HAS_STARTS
+    )
     row_k = k_ptr + pid_b * stride_kb + pid_h * stride_kh
     row_v = v_ptr + pid_b * stride_vb + pid_h * stride_vh
     row_mask = mask_ptr
@@ -111,11 +113,10 @@ def launch_dense(
     A token in `new` keys and values is the last one of its row: it goes to the cache, and into `stats`.
     """
     batch, num_kv_heads, num_kept = page_ids.shape
-    new_strides = (0,) * 4 if new is None else (*new[0].stride()[:2], *new[1].stride()[:2])
     tensors, strides = stats_arguments(stats, stats_dtype, call.constants["HAS_TABLE"])
     _dense_decode_fwd_kernel[(launch.splits + (new is not None), num_kv_heads, batch)](
         *call.tensors, page_ids, *(new or (None, None)), *tensors,
-        *call.strides, *page_ids.stride()[:2], *new_strides, *strides,
+        *call.strides, *page_ids.stride()[:2], *new_strides(new), *strides,
         capacity, softmax_scale, softcap or 0.0,
         K=num_kept, BLOCK_K=triton.next_power_of_2(num_kept), **call.constants,
         **stats_sizes(call.constants["D"], score=score, stats_dtype=stats_dtype),

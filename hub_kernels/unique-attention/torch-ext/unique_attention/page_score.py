@@ -11,15 +11,12 @@ import triton.language as tl
 
 from ._common import (
     COUNTERS,
-    FORM,
     FP8,
-    KIND,
     SCORED,
     physical_page,
     prefetch,
     row_end,
-    row_length,
-    row_start,
+    row_extent,
     signal_row,
     stats_arguments,
     stride_of,
@@ -27,6 +24,25 @@ from ._common import (
 )
 from ._page_dot import VOTE, VOTE_MAX, VOTE_MEAN, VOTE_SOFTMAX_MEAN, load_block, prepare_group, score_pages
 from .page_select import store_peaks
+from .page_stats import stats_sizes
+
+
+@triton.jit
+def _load_next(
+    codes_ptr, scales_ptr, spread_ptr, table_ptr, stride_cp, stride_sp, stride_dp, stride_table,
+    row, offs, pages, first_page, stop,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, NG: tl.constexpr,
+    KIND: tl.constexpr, FORM: tl.constexpr, HAS_TABLE: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """A block of pages: `offs` past the pointers, or wherever the table has them."""
+    inside = (pages >= first_page) & (pages < stop)
+    physical = offs
+    if HAS_TABLE:
+        physical = physical_page(table_ptr, stride_table, row, pages, inside, True)
+    return load_block(
+        codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, physical, inside,
+        D, BD, C, BC, NG, KIND, FORM, DP4A,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -52,13 +68,9 @@ def score_blocks(
         if KIND >= FP8:
             scales_ptr += first * stride_sp
     if STAGES == 0:
-        nearest = offs
-        inside = (begin + offs >= first_page) & (begin + offs < last_page)
-        if HAS_TABLE:
-            nearest = physical_page(table_ptr, stride_table, row, begin + offs, inside, True)
-        next_codes, next_scales, next_spread = load_block(
-            codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, nearest, inside,
-            D, BD, C, BC, NG, KIND, FORM, DP4A,
+        next_codes, next_scales, next_spread = _load_next(
+            codes_ptr, scales_ptr, spread_ptr, table_ptr, stride_cp, stride_sp, stride_dp, stride_table,
+            row, offs, begin + offs, first_page, last_page, D, BD, C, BC, NG, KIND, FORM, HAS_TABLE, DP4A,
         )  # fmt: skip
     for block in tl.range(begin, stop, BLOCK_N, num_stages=max(STAGES, 1)):
         pages = block + offs
@@ -68,13 +80,9 @@ def score_blocks(
             physical = physical_page(table_ptr, stride_table, row, pages, inside, True)
         if STAGES == 0:
             codes, scales, spread = next_codes, next_scales, next_spread
-            later = (pages + BLOCK_N >= first_page) & (pages + BLOCK_N < stop)
-            following = offs + BLOCK_N
-            if HAS_TABLE:
-                following = physical_page(table_ptr, stride_table, row, pages + BLOCK_N, later, True)
-            next_codes, next_scales, next_spread = load_block(
-                codes_ptr, scales_ptr, spread_ptr, stride_cp, stride_sp, stride_dp, following, later,
-                D, BD, C, BC, NG, KIND, FORM, DP4A,
+            next_codes, next_scales, next_spread = _load_next(
+                codes_ptr, scales_ptr, spread_ptr, table_ptr, stride_cp, stride_sp, stride_dp, stride_table,
+                row, offs + BLOCK_N, pages + BLOCK_N, first_page, stop, D, BD, C, BC, NG, KIND, FORM, HAS_TABLE, DP4A,
             )  # fmt: skip
         else:
             codes, scales, spread = load_block(
@@ -146,11 +154,9 @@ def _page_score_fwd_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    length = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
-    end = tl.minimum(length, capacity)
-    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
-    last_page = tl.cdiv(end, P)
-    first_page = tl.minimum(start // P, last_page)
+    _, start, end, first_page, last_page = row_extent(
+        len_ptr, start_ptr, stride_len, stride_start, pid_b, capacity, P, HAS_LENS, HAS_STARTS
+    )
     row_out = out_ptr + pid_b * stride_ob + pid_h * stride_oh
     wanted = begin < last_page
     if SELECTING:
@@ -247,15 +253,14 @@ class Scoring(NamedTuple):
 def plan_scoring(q, stats, num_pages, *, score, group_reduce, stats_dtype) -> Scoring:
     """Constants and launch settings from shapes and storage."""
     codes, num_kv_heads, head_dim = stats.codes, stats.codes.shape[1], q.shape[-1]
-    half = (head_dim + 1) // 2
     target = target_of(q.device)
     integer = target.dp4a and (
         (stats_dtype == "int8" and head_dim % 4 == 0) or (stats_dtype == "int4" and head_dim % 32 == 0)
     )
     block_d = triton.next_power_of_2(head_dim)
     constants = {
-        "D": head_dim, "BD": block_d, "C": half, "BC": triton.next_power_of_2(half), "NG": (head_dim + 31) // 32,
-        "G": q.shape[1] // num_kv_heads, "KIND": KIND[stats_dtype], "FORM": FORM[score], "VOTE": VOTE[group_reduce],
+        **stats_sizes(head_dim, score=score, stats_dtype=stats_dtype), "D": head_dim, "BD": block_d,
+        "G": q.shape[1] // num_kv_heads, "VOTE": VOTE[group_reduce],
         "DP4A": integer and codes.stride(-2) * codes.element_size() % 4 == 0, "NATIVE_FP8": target.native_fp8,
     }  # fmt: skip
     per_head = group_reduce in ("softmax_mean", "shifted_max")

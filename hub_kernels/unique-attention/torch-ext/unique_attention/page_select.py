@@ -23,6 +23,7 @@ from ._common import (
     await_row,
     end_in_order,
     row_end,
+    row_extent,
     row_start,
     signal_row,
     stride_of,
@@ -269,10 +270,9 @@ def _page_select_fwd_kernel(
     pid_h = tl.program_id(0).to(tl.int64)
     pid_b = tl.program_id(1).to(tl.int64)
     row = pid_b * tl.num_programs(0) + pid_h
-    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
-    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
-    last_page = tl.cdiv(end, P)
-    first_page = tl.minimum(start // P, last_page)
+    _, start, end, first_page, last_page = row_extent(
+        len_ptr, start_ptr, stride_len, stride_start, pid_b, capacity, P, HAS_LENS, HAS_STARTS
+    )
     small: tl.constexpr = P // RATIO
     row_ids = ids_ptr + pid_b * stride_ib + pid_h * stride_ih
     if AWAIT:

@@ -14,8 +14,7 @@ from ._common import (
     RESCORED,
     await_row,
     end_in_order,
-    row_end,
-    row_start,
+    row_extent,
     signal_row,
     stats_arguments,
     stride_of,
@@ -58,10 +57,9 @@ def _listed_score_fwd_kernel(
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     row = pid_b * tl.num_programs(1) + pid_h
-    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
-    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
-    last_page = tl.cdiv(end, P)
-    first_page = tl.minimum(start // P, last_page)
+    _, _, _, first_page, last_page = row_extent(
+        len_ptr, start_ptr, stride_len, stride_start, pid_b, capacity, P, HAS_LENS, HAS_STARTS
+    )
     row_q = q_ptr + pid_b * stride_qb
     qa, qb, qc, qd, qe, qf, qg, qh, norm = prepare_group(
         row_q, stride_qh, stride_qd, pid_h, scale, D, BD, C, BC, NG, G, KIND, FORM, VOTE, DP4A, True
@@ -113,10 +111,9 @@ def _listed_select_fwd_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     pid_b = tl.program_id(1).to(tl.int64)
     row = pid_b * tl.num_programs(0) + tl.program_id(0)
-    end = row_end(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
-    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
-    last_page = tl.cdiv(end, P)
-    first_page = tl.minimum(start // P, last_page)
+    _, _, _, first_page, last_page = row_extent(
+        len_ptr, start_ptr, stride_len, stride_start, pid_b, capacity, P, HAS_LENS, HAS_STARTS
+    )
     row_ids = ids_ptr + row * K
     row_counters = counter_ptr
     if CHAINED:

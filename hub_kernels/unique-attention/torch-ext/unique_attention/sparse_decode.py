@@ -16,8 +16,7 @@ from ._common import (
     await_row,
     end_in_order,
     physical_page,
-    row_length,
-    row_start,
+    row_extent,
     stride_of,
     target_of,
     token_strides,
@@ -171,11 +170,9 @@ def _sparse_decode_fwd_kernel(
             k_new_ptr + pid_b * stride_nb + pid_h * stride_nh, v_new_ptr + pid_b * stride_wb + pid_h * stride_wh,
             D, DV, BD, BDV,
         )  # fmt: skip
-    length = row_length(len_ptr, stride_len, pid_b, capacity, HAS_LENS)
-    end = tl.minimum(length, capacity)
-    start = row_start(start_ptr, stride_start, pid_b, HAS_STARTS)
-    last_page = tl.cdiv(end, P)
-    first_page = tl.minimum(start // P, last_page)
+    length, start, end, first_page, last_page = row_extent(
+        len_ptr, start_ptr, stride_len, stride_start, pid_b, capacity, P, HAS_LENS, HAS_STARTS
+    )
     row_k = k_ptr + pid_b * stride_kb + pid_h * stride_kh
     row_v = v_ptr + pid_b * stride_vb + pid_h * stride_vh
     row_mask = mask_ptr
@@ -295,6 +292,11 @@ def plan_attention(
     )  # fmt: skip
 
 
+def new_strides(new) -> tuple[int, int, int, int]:
+    """Strides (row, head) of new keys and of new values."""
+    return (0,) * 4 if new is None else (*new[0].stride()[:2], *new[1].stride()[:2])
+
+
 def row_bytes(k, v) -> int:
     """Bytes of the keys or values of one token and head, as the tiles hold them."""
     return max(16, triton.next_power_of_2(max(k.shape[-1], v.shape[-1]))) * k.element_size()
@@ -315,9 +317,8 @@ def launch_attend(
     `waits` the page ids come row by row from the launch before.
     """
     batch, num_kv_heads, num_kept = page_ids.shape
-    new_strides = (0,) * 4 if new is None else (*new[0].stride()[:2], *new[1].stride()[:2])
     _sparse_decode_fwd_kernel[(launch.splits, num_kv_heads, batch)](
-        *call.tensors, page_ids, *(new or (None, None)), *call.strides, *page_ids.stride()[:2], *new_strides,
+        *call.tensors, page_ids, *(new or (None, None)), *call.strides, *page_ids.stride()[:2], *new_strides(new),
         capacity, dense_pages, softmax_scale, softcap or 0.0,
         K=num_kept, **call.constants, DENSE=(SOME_ROWS if dense_pages > num_kept else NO_ROWS).value,
         HAS_NEW=new is not None, AWAIT=waits, PDL=pdl,
