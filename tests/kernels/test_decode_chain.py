@@ -168,6 +168,17 @@ def test_select_pages_matches_reference(kind, pages):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("num_kept", [9, 64])
+def test_select_pages_of_rows_far_shorter_than_the_cache(num_kept):
+    # from one page too many over fewer groups than pages to keep to a full cache
+    pages = torch.tensor([num_kept + 1, num_kept + 2, num_kept + 30, 2 * num_kept + 5, 5 * num_kept, 2500])
+    scores = torch.randn(len(pages), 2, 2500, device=DEVICE)
+    settings = {"num_kept": num_kept, "sink_pages": 1, "recent_pages": 2, "page_size": 4, "seq_lens": pages * 4}
+    settings["seq_lens"] = settings["seq_lens"].to(DEVICE)
+    actual = ops.select_pages(scores, **settings, impl="triton")
+    assert torch.equal(actual, ops.select_pages(scores, **settings, impl="reference"))
+
+
 def test_select_pages_reads_long_rows_in_tiles(monkeypatch):
     from unique_attention import page_select
 

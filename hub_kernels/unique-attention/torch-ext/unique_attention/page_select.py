@@ -204,8 +204,8 @@ def select_row(
         pages = group * GS + offs_c % GS
         inside = (offs_c // GS < num_groups) & (pages >= begin) & (pages < end)
         keys = load_keys(scores_ptr, pages, inside)
-        # the groups were cut no higher than the pages will be: fewer values to tell apart
-        keys = tl.where(keys >= key, keys, LOWEST)
+        # as many groups as pages to keep were cut no higher than the pages will be: fewer values to tell apart
+        keys = tl.where((keys >= key) | (num_groups < wanted), keys, LOWEST)
         store_best(keys, pages, ids_ptr + SINK, wanted, GROUPS * GS, AT_ONCE)
 
 
