@@ -79,11 +79,16 @@ def test_a_graph_follows_lengths_on_the_device():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, page_ids = step()
-    for shorter in (0, 1, 700, 4000):
+    for shorter in (0, 1, 700, 4000, 4400):
         t["seq_lens"].copy_(torch.tensor([5000, 4989, 4978]) - shorter)
         graph.replay()
         expected, expected_ids = step()
         assert torch.equal(page_ids, expected_ids) and torch.equal(out, expected)
+        # rows far shorter than the cache too list as many pages as they keep, each once and all their own
+        num_pages = -(-t["seq_lens"] // LARGE.P)
+        full = page_ids[num_pages > LARGE.K]
+        assert (full >= 0).all() and (full.diff(dim=-1) > 0).all()
+        assert (page_ids.amax((1, 2)) == num_pages - 1).all()
 
 
 def test_growing_contexts_neither_compile_nor_wait():
