@@ -269,14 +269,16 @@ def _plan(q, k, v, layout: Layout, settings: Settings) -> Plan:
     meta["ROUND_T"] = max(x["BLOCK_T"] for x in (fwd, dq, dkv))
     # one map of open tiles serves all three: its tiles are the smallest of theirs
     block_t, block_s = (min(x[name] for x in (fwd, dq, dkv)) for name in ("BLOCK_T", "BLOCK_S"))
-    queries, pages, num_warps = launch.threshold
+    (queries, pages, num_warps), chunks = launch.threshold, 64
     if num_features * size > 512:
+        chunks = 32
         queries, pages, num_warps = min(queries, 64 if num_features * size <= 1024 else 32), min(pages, 32), 4
     parts = 1 if size == 4 else max(1, queries // block_t)  # fp32 products take registers, not tensor cores
     select = {
         "num_free": settings.num_kept - settings.sink_pages - settings.recent_pages,
         "cut": math.log(settings.skip_below / (1 - settings.skip_below)) if settings.skip_below > 0 else -math.inf,
         "threshold": {"BLOCK_T": queries, "BLOCK_N": pages, "num_warps": num_warps},
+        "chunks": chunks,
         "tiles": {"BLOCK_T": block_t, "BLOCK_S": block_s, "PARTS": parts, "num_warps": num_warps},
     }  # fmt: skip
     return Plan(meta, fwd, dq, dkv, select)

@@ -391,6 +391,6 @@ def select_tiles(
     _soft_mask_fwd_tiles_kernel[(triton.cdiv(NQB, parts), B * HK)](
         fq, nq, fp, fs, layout.start, theta, below, is_open, *starts, T, N, NQB, NKB, HK, *forced,
         meta["inv_temperature"], select["cut"],
-        **pages, **select["tiles"], CHUNK=chunk, BLOCK_C=max(64, block_s // chunk),
+        **pages, **select["tiles"], CHUNK=chunk, BLOCK_C=max(select["chunks"], block_s // chunk),
     )  # fmt: skip
     return Thresholds(theta, above, below), is_open
